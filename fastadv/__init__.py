@@ -1,0 +1,27 @@
+"""fastadv: the fastest way to attack and adversarially train a PyTorch model.
+
+    x_adv = fastadv.pgd(model, x, y, eps=8/255)
+
+Attacks are in ``fastadv.attacks``, the fused ops they stand on in ``fastadv.ops``, and what each op must compute in
+``fastadv.reference``.
+"""
+
+from . import attacks, ops, reference
+from ._version import __version__
+from .attacks import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
+from .normalize import Normalize
+from .ops import use_backend
+
+__all__ = [
+    "PGD",
+    "AttackInfo",
+    "NaNGradientWarning",
+    "Normalize",
+    "__version__",
+    "attacks",
+    "fgsm",
+    "ops",
+    "pgd",
+    "reference",
+    "use_backend",
+]

@@ -1,0 +1,529 @@
+"""The ops: one public function each, whatever computes it.
+
+Backends, by device: "cuda" (C++ kernels) then "triton" on CUDA; "cpp" on CPU; "reference" (plain PyTorch) anywhere. The
+first that can run an op is used; ``use_backend`` or the environment variable ``FASTADV_BACKEND`` asks for one by name, and
+then nothing else is tried. This is the only file that knows all backends.
+
+Called eagerly, an op goes straight to its kernel: about 2 us. Under torch.compile, or where a gradient is recorded, it goes
+through ``torch.ops.fastadv``, which has the schema, the shape function and the autograd formula.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .checks import INTEGERS, describe
+from .reference.step import Scalar
+
+STEPS = ("linf_step", "l2_step", "l1_step")
+LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted", "kl", "se")
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+
+Implementation = Callable[..., Any]
+
+# ---------------------------------------------------------------------------------------------------- choice of backend
+
+_asked_for: ContextVar[str | None] = ContextVar("fastadv_backend", default=os.environ.get("FASTADV_BACKEND") or None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Runs every op inside the block on backend ``name`` ("cuda", "triton", "cpp", "reference"), or fails; None: choose.
+
+    Raises ValueError for an unknown name at once, and RuntimeError from an op that the backend cannot run, saying why.
+    """
+    _check_backend_name(name)
+    token = _asked_for.set(name)
+    try:
+        yield
+    finally:
+        _asked_for.reset(token)
+
+
+def _check_backend_name(name: str | None) -> None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+
+
+@cache
+def _triton_kernels() -> tuple[dict[str, Implementation], str]:
+    """The Triton kernels by op, imported on first need (it takes a while), or none and the reason."""
+    try:
+        return importlib.import_module("fastadv.kernels").OPS, ""
+    except ImportError as error:
+        return {}, f"Triton cannot be imported: {error}"
+
+
+def _reference(op: str) -> Implementation:
+    function = getattr(reference.step if op in STEPS else reference.loss, op)
+
+    def step(out: Tensor, *args: Any) -> None:
+        out.copy_(function(*args))
+
+    def loss(loss: Tensor, grad: Tensor, logits: Tensor, *, y: Tensor, target: Tensor | None = None) -> None:
+        labels = [t if t.is_floating_point() else t.long() for t in (y, target) if t is not None]
+        value, dlogits = function(logits, *labels)
+        loss.copy_(value)
+        grad.copy_(dlogits)
+
+    def divergence(loss: Tensor, grad: Tensor, logits: Tensor, *, logits_ref: Tensor, grad_ref: Tensor | None) -> None:
+        value, d_ref, dlogits = function(logits_ref, logits)
+        loss.copy_(value)
+        grad.copy_(dlogits)
+        if grad_ref is not None:
+            grad_ref.copy_(d_ref)
+
+    return step if op in STEPS else divergence if op in ("kl", "se") else loss
+
+
+def implementation(op: str, device_type: str, backend: str) -> tuple[Implementation | None, str]:
+    """What runs ``op`` on ``device_type`` with ``backend``, or None and the reason."""
+    if backend == "reference":
+        return _reference(op), "plain PyTorch runs anywhere"
+    if backend == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device_type != "cuda" and not interpreted:
+            return None, "Triton runs on GPUs (on a CPU only under TRITON_INTERPRET=1)"
+        kernels, why = _triton_kernels()
+        return kernels.get(op), why or (f"no Triton kernel for {op}" if op not in kernels else "Triton")
+    device_wanted = "cuda" if backend == "cuda" else "cpu"
+    if device_type != device_wanted:
+        return None, f"{backend} kernels run on {device_wanted} tensors"
+    if native.LOAD_ERROR:
+        return None, native.LOAD_ERROR
+    if not native.has(op, device_type):
+        return None, f"no CUDA kernel for {op} in this build ({native.BUILD_INFO['cuda_note']})"
+    return getattr(native, op), "native kernel"
+
+
+@cache
+def _choose(op: str, device_type: str, asked_for: str | None) -> Implementation:
+    if asked_for is None:
+        return next(filter(None, (implementation(op, device_type, backend)[0] for backend in BACKENDS)))
+    _check_backend_name(asked_for)
+    chosen, why = implementation(op, device_type, asked_for)
+    if chosen is None:
+        raise RuntimeError(f"backend {asked_for!r} was asked for but cannot run {op} on {device_type}: {why}")
+    return chosen
+
+
+def chosen_backend(op: str, device_type: str) -> tuple[str, str]:
+    """The backend that runs ``op`` on ``device_type`` now, and why: what each one before it lacks."""
+    asked_for = _asked_for.get()
+    if asked_for is not None:
+        _choose(op, device_type, asked_for)
+        return asked_for, "asked for by name"
+    passed_over = []
+    for backend in BACKENDS:
+        found, why = implementation(op, device_type, backend)
+        if found is not None:
+            return backend, "; ".join(passed_over) or why
+        passed_over.append(why)
+    raise AssertionError("the reference runs anywhere")
+
+
+# ----------------------------------------------------------------------------------------------------------------- steps
+
+
+def linf_step_(
+    adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, lo: float = -math.inf, hi: float = math.inf
+) -> Tensor:
+    """Moves ``adv`` by ``alpha sign(grad)``, in place, and projects it onto the linf ball around ``x`` and the box.
+
+    Args:
+        adv: [N, ...], floating; modified and returned. Not differentiable.
+        grad: like adv, any floating dtype. A NaN element moves nothing.
+        x: like adv, the same dtype.
+        alpha: step size in units of x, float or [N]; negative descends.
+        eps: radius in units of x, float or [N].
+        lo, hi: bounds of every element.
+
+    Contiguous and channels_last memory is used as it is; a tensor laid out otherwise than adv is copied once. All
+    backends give the same bits.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or eps is negative.
+    """
+    return _step_in_place("linf_step", adv, grad, x, alpha, eps, lo, hi)
+
+
+def linf_step(
+    adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    eps: Scalar,
+    lo: float = -math.inf,
+    hi: float = math.inf,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`linf_step_` into ``out`` (a new tensor by default); ``adv`` is left alone."""
+    return _step("linf_step", out, adv, grad, x, alpha, eps, lo, hi)
+
+
+def l2_step_(
+    adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, lo: float = -math.inf, hi: float = math.inf
+) -> Tensor:
+    """Moves ``adv`` by ``alpha grad/|grad|_2`` per sample, in place, and projects it onto the l2 ball, then the box.
+
+    Arguments and errors as :func:`linf_step_`; ``alpha`` and ``eps`` are l2 lengths of a whole sample. A sample whose
+    gradient is zero or not finite is not moved.
+    """
+    return _step_in_place("l2_step", adv, grad, x, alpha, eps, lo, hi)
+
+
+def l2_step(
+    adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    eps: Scalar,
+    lo: float = -math.inf,
+    hi: float = math.inf,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`l2_step_` into ``out`` (a new tensor by default); ``adv`` is left alone."""
+    return _step("l2_step", out, adv, grad, x, alpha, eps, lo, hi)
+
+
+def l1_step_(
+    adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    eps: Scalar,
+    lo: float = -math.inf,
+    hi: float = math.inf,
+    fraction: float = 0.05,
+) -> Tensor:
+    """A sparse l1 step, in place, and the exact projection onto the l1 ball and the box together.
+
+    Arguments and errors as :func:`linf_step_`; ``alpha`` and ``eps`` are l1 lengths of a whole sample. The step moves the
+    ``fraction`` in (0, 1] of a sample's elements with the largest ``|grad|``, at least one, by equal amounts (Croce and
+    Hein, "Mind the box", 2021).
+    """
+    return _step_in_place("l1_step", adv, grad, x, alpha, eps, lo, hi, fraction)
+
+
+def l1_step(
+    adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    eps: Scalar,
+    lo: float = -math.inf,
+    hi: float = math.inf,
+    fraction: float = 0.05,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`l1_step_` into ``out`` (a new tensor by default); ``adv`` is left alone."""
+    return _step("l1_step", out, adv, grad, x, alpha, eps, lo, hi, fraction)
+
+
+def _step_in_place(op: str, adv: Tensor, *args: Any) -> Tensor:
+    if adv.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}_: adv requires grad, and an in-place step is not differentiable; wrap it in torch.no_grad()")
+    return _step(op, adv, adv, *args)
+
+
+def _step(
+    op: str, out: Tensor | None, adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, *rest: float
+) -> Tensor:
+    _check_step(op, out, adv, grad, x, alpha, eps)
+    if _through_dispatcher(adv):
+        if out is None:
+            out = adv.detach().clone()
+        elif out is not adv:
+            out.copy_(adv)
+        alphas, radii = (v if isinstance(v, Tensor) else None for v in (alpha, eps))
+        values = (0.0 if isinstance(v, Tensor) else v for v in (alpha, eps))
+        getattr(torch.ops.fastadv, f"{op}_")(out, grad, x, *values, *rest, alphas, radii)
+        return out
+    if out is None:
+        out = torch.empty_like(adv)
+    _choose(op, adv.device.type, _asked_for.get())(out, adv, grad, x, alpha, eps, *rest)
+    _written(out)
+    return out
+
+
+def _check_step(op: str, out: Tensor | None, adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar) -> None:
+    shape = adv.shape
+    if grad.shape != shape or x.shape != shape or not shape:
+        raise ValueError(f"{op}: adv, grad and x must have one shape [N, ...]; got {_shapes(adv, grad, x)}")
+    if adv.dtype != x.dtype or not adv.is_floating_point() or not grad.is_floating_point():
+        raise ValueError(
+            f"{op}: adv and x must have one floating dtype and grad a floating one; got {adv.dtype}, {x.dtype}, {grad.dtype}"
+        )
+    if not (adv.device == grad.device == x.device):
+        raise ValueError(f"{op}: adv, grad and x must be on one device; got {adv.device}, {grad.device}, {x.device}")
+    if out is not None and out is not adv and (out.shape != adv.shape or out.dtype != adv.dtype or out.device != adv.device):
+        raise ValueError(f"{op}: out must be like adv ({describe(adv)}); got {describe(out)}")
+    for name, value in (("alpha", alpha), ("eps", eps)):
+        if isinstance(value, Tensor) and value.shape not in ((), shape[:1]):
+            raise ValueError(f"{op}: {name} must be a float or have shape [{shape[0]}]; got {list(value.shape)}")
+    if not isinstance(eps, Tensor) and not eps >= 0:
+        raise ValueError(f"{op}: eps must be >= 0; got {eps}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- losses
+
+Out = tuple[Tensor, Tensor] | None
+
+
+def ce(logits: Tensor, y: Tensor, *, out: Out = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy per sample and its gradient with respect to the logits, in one pass.
+
+    Args:
+        logits: [N, C], floating, C >= 2.
+        y: integer labels [N], or soft labels [N, C].
+        out: optional (loss, dlogits) to write into.
+
+    Returns:
+        (loss [N], dlogits [N, C]): loss in fp32 (fp64 for fp64 logits), dlogits in the logits' dtype. The loss is
+        differentiable in the logits, once; dlogits is not.
+
+    Raises:
+        ValueError: shapes, dtypes or devices are not as above. IndexError: a label outside [0, C) (checked on CPU).
+    """
+    return _loss("ce", out, logits, y)
+
+
+def log_odds(logits: Tensor, y: Tensor, *, out: Out = None) -> tuple[Tensor, Tensor]:
+    """``log((1 - p_y) / p_y)``: cross-entropy as an attack should see it. Arguments as :func:`ce`, integer labels.
+
+    It increases with cross-entropy (ce = softplus(log_odds)) and its gradient has, sample by sample, the same direction,
+    without the factor ``1 - p_y`` that underflows to zero on confident models.
+    """
+    return _loss("log_odds", out, logits, y)
+
+
+def margin(logits: Tensor, y: Tensor, *, out: Out = None) -> tuple[Tensor, Tensor]:
+    """``max_{k != y} z_k - z_y`` (Carlini and Wagner, 2017). Arguments as :func:`ce`, integer labels."""
+    return _loss("margin", out, logits, y)
+
+
+def dlr(logits: Tensor, y: Tensor, *, out: Out = None) -> tuple[Tensor, Tensor]:
+    """Difference of logits ratio (Croce and Hein, 2020); the margin at C = 2. Arguments as :func:`ce`, integer labels."""
+    return _loss("dlr", out, logits, y)
+
+
+def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor, *, out: Out = None) -> tuple[Tensor, Tensor]:
+    """Targeted DLR; ``z_target - z_y`` below C = 4. Arguments as :func:`ce`, plus the integer target classes [N]."""
+    return _loss("dlr_targeted", out, logits, y, target)
+
+
+def kl(logits_ref: Tensor, logits: Tensor, *, out: Out = None) -> tuple[Tensor, Tensor]:
+    """``KL(softmax(logits_ref) || softmax(logits))`` per sample, and its gradient with respect to ``logits``.
+
+    Both [N, C]; results as :func:`ce`. The loss is differentiable in both arguments, and is never NaN where a reference
+    probability underflows.
+    """
+    return _divergence("kl", out, logits_ref, logits)
+
+
+def se(logits_ref: Tensor, logits: Tensor, *, out: Out = None) -> tuple[Tensor, Tensor]:
+    """``|softmax(logits) - softmax(logits_ref)|_2^2`` per sample (SCORE, Pang et al., 2022). Otherwise as :func:`kl`."""
+    return _divergence("se", out, logits_ref, logits)
+
+
+def _loss(op: str, out: Out, logits: Tensor, y: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    _check_logits(op, "logits", logits)
+    _check_labels(op, "y", y, logits, soft=op == "ce")
+    if target is not None:
+        _check_labels(op, "target", target, logits, soft=False)
+    if _through_dispatcher(logits):
+        arguments = (logits, y) if target is None else (logits, y, target)
+        return _copy_out(op, out, getattr(torch.ops.fastadv, op)(*arguments))
+    loss, grad = _loss_buffers(op, out, logits)
+    extra = {} if target is None else {"target": target}
+    _choose(op, logits.device.type, _asked_for.get())(loss, grad, logits, y=y, **extra)
+    return loss, grad
+
+
+def _divergence(op: str, out: Out, logits_ref: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    _check_logits(op, "logits_ref", logits_ref)
+    _check_logits(op, "logits", logits)
+    if logits_ref.shape != logits.shape or logits_ref.device != logits.device:
+        raise ValueError(
+            f"{op}: logits_ref and logits must have one shape and device; got {describe(logits_ref)}, {describe(logits)}"
+        )
+    dtype = torch.promote_types(logits_ref.dtype, logits.dtype)
+    logits_ref, logits = logits_ref.to(dtype), logits.to(dtype)
+    if _through_dispatcher(logits_ref, logits):
+        loss, _, grad = getattr(torch.ops.fastadv, op)(logits_ref, logits, logits_ref.requires_grad)
+        return _copy_out(op, out, (loss, grad))
+    loss, grad = _loss_buffers(op, out, logits)
+    _choose(op, logits.device.type, _asked_for.get())(loss, grad, logits, logits_ref=logits_ref, grad_ref=None)
+    return loss, grad
+
+
+def _loss_buffers(op: str, out: Out, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensors that a loss is written into: ``out`` if it fits, new ones otherwise."""
+    half = logits.dtype in (torch.bfloat16, torch.float16)
+    if out is None:
+        rows = logits.size(0)
+        loss = logits.new_empty(rows, dtype=torch.float32) if half else logits.new_empty(rows)
+        return loss, logits.new_empty(logits.shape)
+    loss, grad = out
+    dtype = torch.float32 if half else logits.dtype
+    for name, t, shape, expected in (("loss", loss, logits.shape[:1], dtype), ("dlogits", grad, logits.shape, logits.dtype)):
+        if t.shape != shape or t.dtype != expected or t.device != logits.device or not t.is_contiguous():
+            raise ValueError(
+                f"{op}: out {name} must be contiguous {list(shape)} {expected} on {logits.device}; got {describe(t)}"
+            )
+    _written(loss)
+    _written(grad)
+    return loss, grad
+
+
+def _copy_out(op: str, out: Out, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if out is None:
+        return result
+    raise ValueError(f"{op}: out= takes no part in autograd or torch.compile; leave it out there")
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(list(t.shape)) for t in tensors)
+
+
+def _check_logits(op: str, name: str, logits: Tensor) -> None:
+    if logits.dim() != 2 or logits.size(1) < 2 or not logits.is_floating_point():
+        raise ValueError(f"{op}: {name} must be floating [N, C] with C >= 2; got {describe(logits)}")
+
+
+def _check_labels(op: str, name: str, y: Tensor, logits: Tensor, *, soft: bool) -> None:
+    if y.device != logits.device:
+        raise ValueError(f"{op}: {name} must be on {logits.device} like the logits; got {y.device}")
+    if y.dim() == 1 and y.dtype in INTEGERS and y.size(0) == logits.size(0):
+        return
+    if soft and y.is_floating_point() and y.shape == logits.shape:
+        return
+    wanted = f"integer labels [{logits.size(0)}]" + (f" or soft labels {list(logits.shape)}" if soft else "")
+    raise ValueError(f"{op}: {name} must be {wanted}; got {describe(y)}")
+
+
+def _through_dispatcher(*tensors: Tensor) -> bool:
+    """Whether torch must see the op: while compiling, on tensor subclasses (fake tensors), or where a gradient is recorded."""
+    if torch.compiler.is_compiling():
+        return True
+    for t in tensors:
+        if type(t) is not Tensor or (t.requires_grad and torch.is_grad_enabled()):
+            return True
+    return False
+
+
+def _written(t: Tensor) -> None:
+    """Tells autograd that ``t`` was modified: without it a backward that saved ``t`` would silently use the new values."""
+    if not t.is_inference():
+        torch.autograd.graph.increment_version(t)
+
+
+# ---------------------------------------------------------------------------------------- registration with torch.library
+
+_library = torch.library.Library("fastadv", "DEF")  # torch.library.custom_op would cost 10 times the kernel's overhead
+
+
+def _register(schema: str, kernel: Implementation, fake: Implementation) -> None:
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastadv::{name}", fake, lib=_library)
+
+
+def _register_step(op: str, extra: str = "") -> None:
+    def kernel(
+        adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float, lo: float, hi: float, *rest: Any
+    ) -> None:
+        *fraction, alphas, radii = rest
+        alpha_, eps_ = alpha if alphas is None else alphas, eps if radii is None else radii
+        _choose(op, adv.device.type, _asked_for.get())(adv, adv, grad, x, alpha_, eps_, lo, hi, *fraction)
+
+    _register(
+        f"{op}_(Tensor(a!) adv, Tensor grad, Tensor x, float alpha, float eps, float lo, float hi, {extra}"
+        "Tensor? alphas, Tensor? radii) -> ()",
+        kernel,
+        lambda *args: None,
+    )
+
+
+def _register_loss(op: str, extra: str = "") -> None:
+    def kernel(logits: Tensor, y: Tensor, *target: Tensor) -> tuple[Tensor, Tensor]:
+        loss, grad = _loss_buffers(op, None, logits)
+        extra = {"target": target[0]} if target else {}
+        _choose(op, logits.device.type, _asked_for.get())(loss, grad, logits, y=y, **extra)
+        return loss, grad
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.arguments = len(inputs)
+
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
+        _first_derivative_only(op)
+        return (_scale_rows(grad_loss, ctx.saved_tensors[0]), *[None] * (ctx.arguments - 1))
+
+    _register(f"{op}(Tensor logits, Tensor y{extra}) -> (Tensor, Tensor)", kernel, lambda z, *_: _loss_buffers(op, None, z))
+    torch.library.register_autograd(f"fastadv::{op}", backward, setup_context=setup_context, lib=_library)
+
+
+def _register_divergence(op: str) -> None:
+    def buffers(logits_ref: Tensor, logits: Tensor, ref_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+        loss, grad = _loss_buffers(op, None, logits)
+        grad_ref = torch.empty(logits_ref.shape if ref_grad else (0,), dtype=logits.dtype, device=logits.device)
+        return loss, grad_ref, grad
+
+    def kernel(logits_ref: Tensor, logits: Tensor, ref_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+        loss, grad_ref, grad = buffers(logits_ref, logits, ref_grad)
+        chosen = _choose(op, logits.device.type, _asked_for.get())
+        chosen(loss, grad, logits, logits_ref=logits_ref, grad_ref=grad_ref if ref_grad else None)
+        return loss, grad_ref, grad
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+        ctx.ref_grad = inputs[2]
+
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+        _first_derivative_only(op)
+        grad_ref, grad = ctx.saved_tensors
+        return _scale_rows(grad_loss, grad_ref) if ctx.ref_grad else None, _scale_rows(grad_loss, grad), None
+
+    _register(f"{op}(Tensor logits_ref, Tensor logits, bool ref_grad) -> (Tensor, Tensor, Tensor)", kernel, buffers)
+    torch.library.register_autograd(f"fastadv::{op}", backward, setup_context=setup_context, lib=_library)
+
+
+def _scale_rows(grad_loss: Tensor, dlogits: Tensor) -> Tensor:
+    return (grad_loss[:, None] * dlogits).to(dlogits.dtype)
+
+
+def _first_derivative_only(op: str) -> None:
+    # The saved gradient carries no graph: a second derivative through it would be silently wrong.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"fastadv.ops.{op} has no second derivative (create_graph=True)")
+
+
+_register_step("linf_step")
+_register_step("l2_step")
+_register_step("l1_step", "float fraction, ")
+for _op in ("ce", "log_odds", "margin", "dlr"):
+    _register_loss(_op)
+_register_loss("dlr_targeted", ", Tensor target")
+for _op in ("kl", "se"):
+    _register_divergence(_op)

@@ -1,0 +1,112 @@
+"""Attack steps with their projections.
+
+Every function takes the current adversarial batch ``adv``, the gradient ``grad`` to ascend and the clean batch ``x``, all
+``[N, ...]``, and returns the next batch; nothing is modified. ``alpha`` (step size; negative descends) and ``eps`` (radius)
+are floats or per-sample tensors ``[N]``; ``lo`` and ``hi`` bound every element. Arithmetic is fp32 (fp64 for fp64), the
+result has the dtype of ``adv``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+
+
+def arithmetic(t: Tensor) -> Tensor:
+    """``t`` in the dtype that its arithmetic is done in."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def per_sample(value: Scalar, like: Tensor) -> Scalar:
+    """A per-sample tensor [N] shaped to broadcast over ``like`` [N, ...]; a float as it is."""
+    if isinstance(value, Tensor):
+        return value.to(like).reshape(-1, *[1] * (like.dim() - 1))
+    return value
+
+
+def rows(t: Tensor) -> Tensor:
+    """One row a sample."""
+    return t.reshape(t.shape[0], math.prod(t.shape[1:]))
+
+
+def linf_step(
+    adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, lo: float = -math.inf, hi: float = math.inf
+) -> Tensor:
+    """``clamp(adv + alpha sign(grad), x - eps, x + eps)``, then the box; sign(NaN) is 0 (Madry et al., 2018)."""
+    a, g, c = arithmetic(adv), arithmetic(grad), arithmetic(x)
+    alpha, eps = per_sample(alpha, a), per_sample(eps, a)
+    direction = g.sign().nan_to_num_(0.0).to(a.dtype)
+    moved = (a + alpha * direction).clamp(c - eps, c + eps)
+    return moved.clamp(lo, hi).to(adv.dtype)
+
+
+def l2_step(
+    adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, lo: float = -math.inf, hi: float = math.inf
+) -> Tensor:
+    """``d = adv - x + alpha grad/|grad|_2``, shrunk to ``|d|_2 <= eps``, then the box.
+
+    The ball comes before the box: clamping to a box that holds x only shortens d, so the result lies in both. A sample
+    whose gradient is zero or not finite is not moved.
+    """
+    a, g, c = rows(arithmetic(adv)), rows(arithmetic(grad)).to(arithmetic(adv).dtype), rows(arithmetic(x))
+    alpha, eps = per_sample(alpha, a), per_sample(eps, a)
+    # Dividing by the largest element first keeps the squares of tiny gradients from underflowing.
+    largest = g.abs().amax(1, keepdim=True) if g.shape[1] else g.sum(1, keepdim=True)
+    g = g / largest
+    unit = torch.where((largest > 0) & largest.isfinite(), g / g.norm(dim=1, keepdim=True), torch.zeros_like(g))
+    d = a - c + alpha * unit
+    norm = d.norm(dim=1, keepdim=True)
+    d = torch.where(norm > eps, d * (eps / norm), d)
+    return (c + d).clamp(lo, hi).to(adv.dtype).reshape(adv.shape)
+
+
+def l1_step(
+    adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    eps: Scalar,
+    lo: float = -math.inf,
+    hi: float = math.inf,
+    fraction: float = 0.05,
+) -> Tensor:
+    """A sparse step of l1 length alpha, then the exact projection onto the l1 ball and the box together.
+
+    The step moves the ``fraction`` of coordinates with the largest ``|grad|`` (at least one, ties included) equally, by
+    their sign. Projecting onto ball and box together, not one after the other, is what makes l1 attacks work (Croce and
+    Hein, "Mind the box", 2021).
+    """
+    a, g, c = rows(arithmetic(adv)), rows(arithmetic(grad)).to(arithmetic(adv).dtype), rows(arithmetic(x))
+    if a.numel() == 0:
+        return adv.clone()
+    alpha, eps = per_sample(alpha, a), per_sample(eps, a)
+    g = g.nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)
+    moved = min(g.shape[1], max(1, int(fraction * g.shape[1])))
+    threshold = g.abs().topk(moved, dim=1).values[:, -1:]
+    direction = torch.where(g.abs() >= threshold, g.sign(), torch.zeros_like(g))
+    u = a - c + alpha * direction / direction.abs().sum(1, keepdim=True).clamp(min=1.0)
+    return (c + project_l1_box(u, eps, lo - c, hi - c)).clamp(lo, hi).to(adv.dtype).reshape(adv.shape)
+
+
+def project_l1_box(u: Tensor, eps: Scalar, low: Tensor, high: Tensor) -> Tensor:
+    """The nearest d to u [N, D] with ``|d|_1 <= eps`` and ``low <= d <= high`` (which holds 0), elementwise bounds [N, D].
+
+    d = sign(u) clamp(|u| - s, 0, room) with room the distance to the wall ahead, for the smallest s >= 0 that fits the
+    ball. |d|_1 falls piecewise linearly in s: it starts to slide for a coordinate at |u| - room and is used up at |u|.
+    """
+    size, room = u.abs(), torch.where(u < 0, -low, high)
+    corners = torch.cat([(size - room).clamp(min=0), size], 1)
+    slides = torch.cat([torch.ones_like(size), -torch.ones_like(size)], 1)
+    corners, order = corners.sort(1)
+    sliding = slides.gather(1, order).cumsum(1)  # how many coordinates slide right of each corner
+    full = torch.minimum(size, room).sum(1, keepdim=True)
+    lost = (sliding[:, :-1] * corners.diff(dim=1)).cumsum(1)
+    length = full - torch.cat([torch.zeros_like(full), lost], 1)  # |d|_1 at each corner
+    last = (length > eps).sum(1, keepdim=True).clamp(min=1) - 1  # the last corner that is still outside the ball
+    shrink = corners.gather(1, last) + (length.gather(1, last) - eps) / sliding.gather(1, last).clamp(min=1)
+    shrink = torch.where(full > eps, shrink, torch.zeros_like(shrink))
+    return u.sign() * torch.minimum((size - shrink).clamp(min=0), room)

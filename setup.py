@@ -1,0 +1,147 @@
+"""Builds fastadv._C: torch-free C++ and, where nvcc is found, CUDA, through ninja.
+
+Everything that is not the native extension stands in pyproject.toml. Environment:
+
+FASTADV_CUDA        auto (default: use nvcc if found, fall back to CPU with a warning), 0 (never), 1 (required)
+FASTADV_CUDA_ARCHS  compute capabilities, e.g. "80;90"; default: 80, 90 and the newest that nvcc knows. PTX of the newest
+                    is included, so later GPUs work too.
+CXX, CUDA_HOME      compilers to use instead of those on PATH
+
+Without a C++ compiler the package installs as pure Python: every op then runs through its PyTorch reference.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+# No trap or errno semantics, so loops with comparisons vectorise; no -ffast-math, whose NaN and sign rules differ.
+CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra".split()
+NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr".split()
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def find_cxx() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+
+
+def find_nvcc() -> str | None:
+    cuda_home = os.environ.get("CUDA_HOME")
+    path = shutil.which("nvcc", path=f"{cuda_home}/bin") if cuda_home else shutil.which("nvcc")
+    return path or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_home(nvcc: str) -> Path:
+    """The toolkit's root, also when the nvcc on PATH is a wrapper script."""
+    dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"#\$ TOP=(.+)", dryrun.stderr)
+    return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    if chosen := os.environ.get("FASTADV_CUDA_ARCHS"):
+        return [arch.strip().replace(".", "") for arch in re.split(r"[;, ]+", chosen.strip())]
+    known = {int(code) for code in re.findall(r"compute_(\d+)\b", output(nvcc, "--list-gpu-arch"))}
+    return [str(arch) for arch in sorted({80, 90, max(known)} & known)]
+
+
+def ninja_path(path: Path | str) -> str:
+    return re.sub(r"([ :$])", r"$\1", str(path))
+
+
+class NinjaBuild(build_ext):
+    """Compiles the sources of the one extension in parallel and links them."""
+
+    def build_extension(self, ext: Extension) -> None:
+        wish = os.environ.get("FASTADV_CUDA", "auto")
+        if wish not in ("auto", "0", "1"):
+            sys.exit(f"fastadv: FASTADV_CUDA={wish!r}; expected auto, 0 or 1")
+        nvcc = None if wish == "0" else find_nvcc()
+        if wish == "1" and nvcc is None:
+            sys.exit("fastadv: FASTADV_CUDA=1 but no nvcc found; put it on PATH or set CUDA_HOME")
+        if nvcc is None:
+            self.compile(ext, None, "not asked for (FASTADV_CUDA=0)" if wish == "0" else "no nvcc found at build time")
+            return
+        try:
+            self.compile(ext, nvcc, "built")
+        except subprocess.CalledProcessError:
+            if wish == "1":
+                raise
+            print("\n*** fastadv: nvcc was found but failed (above). Building the CPU half only. ***\n", file=sys.stderr)
+            self.compile(ext, None, f"{nvcc} failed at build time")
+
+    def compile(self, ext: Extension, nvcc: str | None, cuda_note: str) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp).resolve() / ("cuda" if nvcc else "cpu")
+        build.mkdir(parents=True, exist_ok=True)
+        cxx = find_cxx() or sys.exit("fastadv: the C++ compiler has gone")
+        archs = cuda_archs(nvcc) if nvcc else []
+
+        (build / "build_info.h").write_text(
+            "#pragma once\n"
+            f'#define FASTADV_CXX "{output(cxx, "--version").splitlines()[0]}"\n'
+            f'#define FASTADV_NVCC "{output(nvcc, "--version").splitlines()[-1] if nvcc else ""}"\n'
+            f'#define FASTADV_ARCHS "{" ".join(f"sm_{arch}" for arch in archs)}"\n'
+            f'#define FASTADV_CUDA_NOTE "{cuda_note}"\n' + ("#define FASTADV_WITH_CUDA\n" if nvcc else "")
+        )
+        include = [shlex.quote(f"-I{path}") for path in (build, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
+        openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]  # Apple's clang ships without it
+        link = ["-shared", *openmp]
+        if platform.system() == "Darwin":
+            link = ["-bundle", "-undefined", "dynamic_lookup"]
+        if nvcc:
+            gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+            gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            library = next(iter(cuda_home(nvcc).glob("**/libcudart_static.a")))
+            link += [shlex.quote(str(library)), "-ldl", "-lrt", "-lpthread"]  # static: the module imports where there is no CUDA
+
+        lines = [
+            f"cxx = {shlex.quote(cxx)}",
+            f"flags = {' '.join([*CXX_FLAGS, *openmp, *include])}",
+            f"link = {' '.join(link)}",
+            "rule cxx\n  command = $cxx $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            "rule link\n  command = $cxx $in $link -o $out",
+        ]
+        if nvcc:
+            lines += [
+                f"nvcc = {shlex.quote(nvcc)}",
+                f"nvcc_flags = {' '.join([*NVCC_FLAGS, '--threads', '0', *gencode, *include])}",
+                "rule nvcc\n  command = $nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            ]
+        objects = []
+        for source in sorted(CSRC.glob("*.cpp")) + (sorted(CSRC.glob("*.cu")) if nvcc else []):
+            objects.append(f"{source.name}.o")
+            lines.append(f"build {source.name}.o: {'nvcc' if source.suffix == '.cu' else 'cxx'} {ninja_path(source)}")
+        lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
+        (build / "build.ninja").write_text("\n".join(lines) + "\n")
+        subprocess.run(["ninja", "-C", str(build)], check=True)
+
+
+if not find_cxx():
+    print("\n*** fastadv: no C++ compiler found; installing without native kernels (slower). ***\n", file=sys.stderr)
+
+setup(
+    packages=["fastadv", "fastadv.reference", "fastadv.attacks", "fastadv.kernels"],
+    package_dir={"fastadv.kernels": "kernels"},
+    package_data={"fastadv": ["py.typed"]},
+    ext_modules=[Extension("fastadv._C", sources=[])] if find_cxx() else [],
+    cmdclass={"build_ext": NinjaBuild},
+    zip_safe=False,
+)
