@@ -3,8 +3,8 @@
 Everything that is not the native extension stands in pyproject.toml. Environment:
 
 FASTADV_CUDA        auto (default: use nvcc if found, fall back to CPU with a warning), 0 (never), 1 (required)
-FASTADV_CUDA_ARCHS  compute capabilities, e.g. "80;90"; default: 80, 90 and the newest that nvcc knows. PTX of the newest
-                    is included, so later GPUs work too.
+FASTADV_CUDA_ARCHS  compute capabilities, e.g. "80;90"; default: 80, 90 and the newest that nvcc knows. Each comes with its
+                    PTX, so every GPU from the oldest one on works.
 CXX, CUDA_HOME      compilers to use instead of those on PATH
 
 Without a C++ compiler the package installs as pure Python: every op then runs through its PyTorch reference.
@@ -107,10 +107,14 @@ class NinjaBuild(build_ext):
         if platform.system() == "Darwin":
             link = ["-bundle", "-undefined", "dynamic_lookup"]
         if nvcc:
-            gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-            gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            gencode = [f"-gencode=arch=compute_{arch},code=[compute_{arch},sm_{arch}]" for arch in archs]
             library = next(iter(cuda_home(nvcc).glob("**/libcudart_static.a")))
-            link += [shlex.quote(str(library)), "-ldl", "-lrt", "-lpthread"]  # static: the module imports where there is no CUDA
+            link += [
+                shlex.quote(str(library)),
+                "-ldl",
+                "-lrt",
+                "-lpthread",
+            ]  # static: the module imports where there is no CUDA
 
         lines = [
             f"cxx = {shlex.quote(cxx)}",

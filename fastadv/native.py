@@ -6,8 +6,8 @@ then says why, and fastadv.ops falls back.
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,17 +15,13 @@ from torch import Tensor
 
 from .reference.step import Scalar
 
-_C: Any = None
-LOAD_ERROR: str | None = None
 
-
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     # torch is imported above on purpose: its libgomp is then the one that _C finds, and the process has a single one.
     try:
-        from . import _C
+        return importlib.import_module("fastadv._C"), None
     except ImportError as error:
         return None, f"fastadv._C cannot be imported: {error}"
-    return _C, None
 
 
 _C, LOAD_ERROR = _load()
@@ -33,9 +29,26 @@ _C, LOAD_ERROR = _load()
 BUILD_INFO: dict[str, Any] = _C.build_info if _C is not None else {}
 
 
-def has(op: str, device_type: str) -> bool:
-    """Whether this build has a kernel of ``op`` for "cpu" or "cuda" tensors."""
-    return hasattr(_C, f"{op}_cuda" if device_type == "cuda" else op)
+def missing(op: str, device_type: str) -> str:
+    """Why this build cannot run ``op`` on "cpu" or "cuda" tensors; empty if it can."""
+    if LOAD_ERROR is not None:
+        return LOAD_ERROR
+    if device_type == "cpu":
+        return "" if hasattr(_C, op) else f"no C++ kernel for {op}"
+    if not BUILD_INFO["cuda_archs"]:
+        return f"fastadv._C was built without CUDA: {BUILD_INFO['cuda_note']}"
+    if not hasattr(_C, f"{op}_cuda"):
+        return f"no CUDA kernel for {op} yet"
+    if torch.version.hip is not None:
+        return "fastadv._C holds CUDA kernels and this torch is for AMD"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    # Each architecture is built with its PTX, so every device from the oldest one on can run the kernels.
+    oldest = min(int(arch.removeprefix("sm_")) for arch in BUILD_INFO["cuda_archs"].split())
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < oldest:
+        return f"this GPU is sm_{major}{minor} and the kernels are built from sm_{oldest} on (FASTADV_CUDA_ARCHS)"
+    return ""
 
 
 # In the order of DType in csrc/dtype.h.
@@ -110,6 +123,12 @@ l1_step = partial(_step, "l1_step")
 # --------------------------------------------------------------------------------------------------------- loss family
 
 
+def _int64(labels: Tensor | None) -> Tensor | None:
+    if labels is None or (labels.dtype == torch.int64 and labels.is_contiguous()):
+        return labels
+    return labels.long().contiguous()
+
+
 def _loss(
     name: str,
     loss: Tensor,
@@ -123,15 +142,12 @@ def _loss(
 ) -> None:
     rows, classes = logits.shape
     logits, logits_ref = logits.contiguous(), None if logits_ref is None else logits_ref.contiguous()
-    soft = None
-    if y is not None and y.is_floating_point():
-        y, soft = None, y.to(loss.dtype).contiguous()
-    elif y is not None and y.dtype != torch.int64:
-        y = y.long()
-    y, target = None if y is None else y.contiguous(), None if target is None else target.long().contiguous()
+    is_soft = y is not None and y.is_floating_point()
+    soft = y.to(loss.dtype).contiguous() if y is not None and is_soft else None
+    labels, target = None if is_soft else _int64(y), _int64(target)
     getattr(_C, name)(
         loss.data_ptr(), grad.data_ptr(), _address(grad_ref), logits.data_ptr(), _address(logits_ref),
-        _address(y), _address(soft), _address(target), rows, classes, _DTYPES[logits.dtype], torch.get_num_threads(),
+        _address(labels), _address(soft), _address(target), rows, classes, _DTYPES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 

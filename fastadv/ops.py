@@ -1,6 +1,6 @@
 """The ops: one public function each, whatever computes it.
 
-Backends, by device: "cuda" (C++ kernels) then "triton" on CUDA; "cpp" on CPU; "reference" (plain PyTorch) anywhere. The
+Backends, by device: "cuda" (C++ kernels) then "triton" on GPUs; "cpp" on CPU; "reference" (plain PyTorch) anywhere. The
 first that can run an op is used; ``use_backend`` or the environment variable ``FASTADV_BACKEND`` asks for one by name, and
 then nothing else is tried. This is the only file that knows all backends.
 
@@ -29,6 +29,7 @@ from .reference.step import Scalar
 STEPS = ("linf_step", "l2_step", "l1_step")
 LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted", "kl", "se")
 BACKENDS = ("cuda", "triton", "cpp", "reference")
+PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
 
 Implementation = Callable[..., Any]
 
@@ -90,47 +91,47 @@ def _reference(op: str) -> Implementation:
 def implementation(op: str, device_type: str, backend: str) -> tuple[Implementation | None, str]:
     """What runs ``op`` on ``device_type`` with ``backend``, or None and the reason."""
     if backend == "reference":
-        return _reference(op), "plain PyTorch runs anywhere"
+        return _reference(op), ""
     if backend == "triton":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if device_type != "cuda" and not interpreted:
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return None, "Triton runs on GPUs (on a CPU only under TRITON_INTERPRET=1)"
         kernels, why = _triton_kernels()
-        return kernels.get(op), why or (f"no Triton kernel for {op}" if op not in kernels else "Triton")
-    device_wanted = "cuda" if backend == "cuda" else "cpu"
-    if device_type != device_wanted:
-        return None, f"{backend} kernels run on {device_wanted} tensors"
-    if native.LOAD_ERROR:
-        return None, native.LOAD_ERROR
-    if not native.has(op, device_type):
-        return None, f"no CUDA kernel for {op} in this build ({native.BUILD_INFO['cuda_note']})"
-    return getattr(native, op), "native kernel"
+        return kernels.get(op), why or ("" if op in kernels else f"no Triton kernel for {op} yet")
+    its_device = "cuda" if backend == "cuda" else "cpu"
+    why = native.missing(op, its_device) if device_type == its_device else f"{backend} kernels run on {its_device} tensors"
+    return (None, why) if why else (getattr(native, op), "")
+
+
+def select(op: str, device_type: str, asked_for: str | None = None) -> tuple[str, Implementation, str]:
+    """The backend for ``op`` on ``device_type``, what it runs, and why not one before it in the order of preference."""
+    if asked_for is not None:
+        _check_backend_name(asked_for)
+        chosen, why = implementation(op, device_type, asked_for)
+        if chosen is None:
+            raise RuntimeError(f"backend {asked_for!r} was asked for but cannot run {op} on {device_type}: {why}")
+        return asked_for, chosen, "asked for by name"
+    passed_over: list[str] = []
+    for backend in PREFERENCE.get(device_type, ("reference",)):
+        chosen, why = implementation(op, device_type, backend)
+        if chosen is not None:
+            return backend, chosen, "; ".join(passed_over) or "first choice"
+        passed_over.append(why)
+    raise AssertionError("the reference runs anywhere")
 
 
 @cache
-def _choose(op: str, device_type: str, asked_for: str | None) -> Implementation:
-    if asked_for is None:
-        return next(filter(None, (implementation(op, device_type, backend)[0] for backend in BACKENDS)))
-    _check_backend_name(asked_for)
-    chosen, why = implementation(op, device_type, asked_for)
-    if chosen is None:
-        raise RuntimeError(f"backend {asked_for!r} was asked for but cannot run {op} on {device_type}: {why}")
-    return chosen
+def _select_once(op: str, device_type: str, asked_for: str | None) -> Implementation:
+    return select(op, device_type, asked_for)[1]
 
 
-def chosen_backend(op: str, device_type: str) -> tuple[str, str]:
-    """The backend that runs ``op`` on ``device_type`` now, and why: what each one before it lacks."""
-    asked_for = _asked_for.get()
-    if asked_for is not None:
-        _choose(op, device_type, asked_for)
-        return asked_for, "asked for by name"
-    passed_over = []
-    for backend in BACKENDS:
-        found, why = implementation(op, device_type, backend)
-        if found is not None:
-            return backend, "; ".join(passed_over) or why
-        passed_over.append(why)
-    raise AssertionError("the reference runs anywhere")
+def choice(op: str, device_type: str) -> tuple[str, str]:
+    """The backend that runs ``op`` on ``device_type`` ("cpu", "cuda") now, and why."""
+    backend, _, why = select(op, device_type, _asked_for.get())
+    return backend, why
+
+
+def _implementation_for(op: str, t: Tensor) -> Implementation:
+    return _select_once(op, t.device.type, _asked_for.get())
 
 
 # ----------------------------------------------------------------------------------------------------------------- steps
@@ -255,7 +256,7 @@ def _step(
         return out
     if out is None:
         out = torch.empty_like(adv)
-    _choose(op, adv.device.type, _asked_for.get())(out, adv, grad, x, alpha, eps, *rest)
+    _implementation_for(op, adv)(out, adv, grad, x, alpha, eps, *rest)
     _written(out)
     return out
 
@@ -347,10 +348,10 @@ def _loss(op: str, out: Out, logits: Tensor, y: Tensor, target: Tensor | None = 
         _check_labels(op, "target", target, logits, soft=False)
     if _through_dispatcher(logits):
         arguments = (logits, y) if target is None else (logits, y, target)
-        return _copy_out(op, out, getattr(torch.ops.fastadv, op)(*arguments))
+        return _without_out(op, out, getattr(torch.ops.fastadv, op)(*arguments))
     loss, grad = _loss_buffers(op, out, logits)
     extra = {} if target is None else {"target": target}
-    _choose(op, logits.device.type, _asked_for.get())(loss, grad, logits, y=y, **extra)
+    _implementation_for(op, logits)(loss, grad, logits, y=y, **extra)
     return loss, grad
 
 
@@ -365,9 +366,9 @@ def _divergence(op: str, out: Out, logits_ref: Tensor, logits: Tensor) -> tuple[
     logits_ref, logits = logits_ref.to(dtype), logits.to(dtype)
     if _through_dispatcher(logits_ref, logits):
         loss, _, grad = getattr(torch.ops.fastadv, op)(logits_ref, logits, logits_ref.requires_grad)
-        return _copy_out(op, out, (loss, grad))
+        return _without_out(op, out, (loss, grad))
     loss, grad = _loss_buffers(op, out, logits)
-    _choose(op, logits.device.type, _asked_for.get())(loss, grad, logits, logits_ref=logits_ref, grad_ref=None)
+    _implementation_for(op, logits)(loss, grad, logits, logits_ref=logits_ref, grad_ref=None)
     return loss, grad
 
 
@@ -390,7 +391,7 @@ def _loss_buffers(op: str, out: Out, logits: Tensor) -> tuple[Tensor, Tensor]:
     return loss, grad
 
 
-def _copy_out(op: str, out: Out, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _without_out(op: str, out: Out, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if out is None:
         return result
     raise ValueError(f"{op}: out= takes no part in autograd or torch.compile; leave it out there")
@@ -423,7 +424,7 @@ def _through_dispatcher(*tensors: Tensor) -> bool:
     """Whether torch must see the op: while compiling, on tensor subclasses (fake tensors), or where a gradient is recorded."""
     if torch.compiler.is_compiling():
         return True
-    for t in tensors:
+    for t in tensors:  # noqa: SIM110 - a generator costs more than the kernel's own checks
         if type(t) is not Tensor or (t.requires_grad and torch.is_grad_enabled()):
             return True
     return False
@@ -437,7 +438,8 @@ def _written(t: Tensor) -> None:
 
 # ---------------------------------------------------------------------------------------- registration with torch.library
 
-_library = torch.library.Library("fastadv", "DEF")  # torch.library.custom_op would cost 10 times the kernel's overhead
+# Not torch.library.custom_op, whose wrapper costs ten times the overhead of the direct call.
+_library: Any = torch.library.Library("fastadv", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _register(schema: str, kernel: Implementation, fake: Implementation) -> None:
@@ -448,12 +450,10 @@ def _register(schema: str, kernel: Implementation, fake: Implementation) -> None
 
 
 def _register_step(op: str, extra: str = "") -> None:
-    def kernel(
-        adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float, lo: float, hi: float, *rest: Any
-    ) -> None:
+    def kernel(adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float, lo: float, hi: float, *rest: Any) -> None:
         *fraction, alphas, radii = rest
         alpha_, eps_ = alpha if alphas is None else alphas, eps if radii is None else radii
-        _choose(op, adv.device.type, _asked_for.get())(adv, adv, grad, x, alpha_, eps_, lo, hi, *fraction)
+        _implementation_for(op, adv)(adv, adv, grad, x, alpha_, eps_, lo, hi, *fraction)
 
     _register(
         f"{op}_(Tensor(a!) adv, Tensor grad, Tensor x, float alpha, float eps, float lo, float hi, {extra}"
@@ -467,7 +467,7 @@ def _register_loss(op: str, extra: str = "") -> None:
     def kernel(logits: Tensor, y: Tensor, *target: Tensor) -> tuple[Tensor, Tensor]:
         loss, grad = _loss_buffers(op, None, logits)
         extra = {"target": target[0]} if target else {}
-        _choose(op, logits.device.type, _asked_for.get())(loss, grad, logits, y=y, **extra)
+        _implementation_for(op, logits)(loss, grad, logits, y=y, **extra)
         return loss, grad
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -491,7 +491,7 @@ def _register_divergence(op: str) -> None:
 
     def kernel(logits_ref: Tensor, logits: Tensor, ref_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         loss, grad_ref, grad = buffers(logits_ref, logits, ref_grad)
-        chosen = _choose(op, logits.device.type, _asked_for.get())
+        chosen = _implementation_for(op, logits)
         chosen(loss, grad, logits, logits_ref=logits_ref, grad_ref=grad_ref if ref_grad else None)
         return loss, grad_ref, grad
 

@@ -33,9 +33,10 @@ def linf_step_kernel(
         alpha = tl.load(p_alphas + i_row)
     if RADII:
         eps = tl.load(p_radii + i_row)
-    alpha, eps, lo, hi = alpha.to(ACC), eps.to(ACC), lo.to(ACC), hi.to(ACC)
+    alpha, eps = tl.full((), alpha, ACC), tl.full((), eps, ACC)
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
     b_adv = tl.load(p_adv + o, mask=m).to(ACC)
-    b_grad = tl.load(p_grad + o, mask=m)
+    b_grad = tl.load(p_grad + o, mask=m).to(ACC)
     b_x = tl.load(p_x + o, mask=m).to(ACC)
     # Comparisons, so that a NaN gradient has sign 0 and a NaN value stays NaN, as in csrc/math.h.
     b = b_adv + alpha * ((b_grad > 0).to(ACC) - (b_grad < 0).to(ACC))
@@ -46,9 +47,7 @@ def linf_step_kernel(
     tl.store(p_out + o, b.to(p_out.dtype.element_ty), mask=m)
 
 
-def linf_step(
-    out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, lo: float, hi: float
-) -> None:
+def linf_step(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, lo: float, hi: float) -> None:
     """Writes the linf step of ``adv`` into ``out``; arguments as :func:`fastadv.ops.linf_step_`."""
     layout = dense_layout(adv)
     adv, grad, x = (t.contiguous(memory_format=layout) for t in (adv, grad, x))

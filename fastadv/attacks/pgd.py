@@ -148,9 +148,7 @@ class PGD:
 
     # ------------------------------------------------------------------------------------------------------ the attack
 
-    def _attack(
-        self, model: engine.Model, x: Tensor, y: Tensor | None, lo: float, hi: float
-    ) -> tuple[Tensor, AttackInfo]:
+    def _attack(self, model: engine.Model, x: Tensor, y: Tensor | None, lo: float, hi: float) -> tuple[Tensor, AttackInfo]:
         # The image is kept in fp32 (or wider) whatever precision x and the model have: sums of small steps need it.
         centre = x.to(torch.promote_types(x.dtype, torch.float32))
         if y is not None and y.is_inference():
@@ -240,13 +238,16 @@ class PGD:
         if not isinstance(self.loss, str):
             return _custom_loss(self.loss, logits, y)
         if self._is_divergence:
+            assert reference is not None
             return DIVERGENCES[self.loss](reference, logits, out=out)
+        assert y is not None
         if y.is_floating_point():
             return ops.ce(logits, y, out=out)
         return LABEL_LOSSES[self.loss](logits, y, out=out)
 
-    def _fooled(self, logits: Tensor, label: Tensor) -> Tensor:
+    def _fooled(self, logits: Tensor, label: Tensor | None) -> Tensor:
         prediction = logits.argmax(1)
+        assert label is not None
         return prediction == label if self.targeted else prediction != label
 
     # ------------------------------------------------------------------------------------------------------ checks
@@ -341,9 +342,7 @@ def pgd(
 
     Arguments, result and errors as :class:`PGD`, which is the same attack as a reusable object.
     """
-    attack = PGD(
-        model, eps, alpha, steps, norm, loss, init, bn, restarts, targeted, bounds, keep_best, early_stop, generator
-    )
+    attack = PGD(model, eps, alpha, steps, norm, loss, init, bn, restarts, targeted, bounds, keep_best, early_stop, generator)
     return attack(x, y)
 
 

@@ -113,4 +113,3 @@ def se(logits_ref: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d_ref = -2 * p * (a - (p * a).sum(1, keepdim=True))
     d_logits = 2 * q * (a - (q * a).sum(1, keepdim=True))
     return a.square().sum(1), d_ref.to(logits_ref.dtype), d_logits.to(logits.dtype)
-

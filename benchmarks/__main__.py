@@ -1,0 +1,59 @@
+"""``python -m benchmarks``: everything is measured in one process and printed as one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import attacks, ops, report, timing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run, not how fast is it")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases whose name contains one of these")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there, after each case")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall", help="which one medians and ratios are of")
+    arguments = parser.parse_args()
+
+    cases = ops.cases(arguments.quick) + attacks.cases(arguments.quick)
+    if arguments.only:
+        cases = [case for case in cases if any(part in case.name for part in arguments.only)]
+    if arguments.list or not cases:
+        print("\n".join(case.name for case in cases) or "no case has such a name")
+        return 0 if cases else 2
+
+    torch.set_num_threads(arguments.threads)
+    environment = report.environment(arguments.device, arguments.threads)
+    plan = timing.QUICK if arguments.quick else timing.FULL
+    records: list[dict[str, Any]] = []
+    try:
+        for i, case in enumerate(cases, 1):
+            print(f"[{i}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
+            results = timing.measure(case, plan, arguments.device)
+            records.append(report.record(case, results, arguments.clock))
+            if arguments.json is not None:
+                content = {"environment": environment, "quick": arguments.quick, "clock": arguments.clock, "cases": records}
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    except KeyboardInterrupt:
+        print("interrupted: the table holds what was finished", file=sys.stderr)
+    print("\n".join(f"{name}: {value}" for name, value in environment.items()), end="\n\n")
+    print(report.table(records, arguments.clock))
+    print("\nmedian and quartiles by", arguments.clock, "clock; '/ x' is the time over that of x: above 1 is slower than x.")
+    missed = [c for case in records for c in case["contenders"] if "goal" in c and not c["goal"]["met"]]
+    failed = [c for case in records for c in case["contenders"] if c["name"] == "fastadv" and "absent" in c]
+    print(f"goals missed: {len(missed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

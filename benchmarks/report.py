@@ -1,0 +1,130 @@
+"""What was measured, for people (one table) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+import fastadv
+
+from . import peers
+from .timing import Case, Result
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADERS = (
+    "case", "contender", "median", "quartiles", "cpu", "/ baseline", "/ fastadv", "goal", "GB/s", "what came out",
+)  # fmt: skip
+
+
+def environment(device: torch.device, threads: int) -> dict[str, Any]:
+    """Where and with what: enough to tell whether two results may be compared."""
+    dirty = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "cpu": _cpu(),
+        "threads": threads,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fastadv": fastadv.__version__,
+        "fastadv build": fastadv.native.BUILD_INFO or fastadv.native.LOAD_ERROR,
+        "fastadv backend": {op: fastadv.ops.choice(op, device.type)[0] for op in (*fastadv.ops.STEPS, *fastadv.ops.LOSSES)},
+        "peers": peers.versions(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(dirty) if dirty is not None else None,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def record(case: Case, results: dict[str, Result], clock: str) -> dict[str, Any]:
+    """One case as JSON. Times are seconds a unit; ratios are times over the other's, so above 1 is slower than it."""
+    return {
+        "case": case.name,
+        "baseline": case.baseline,
+        "contenders": [_contender(case, name, results, clock) for name in case.contenders],
+    }
+
+
+def _contender(case: Case, name: str, results: dict[str, Result], clock: str) -> dict[str, Any]:
+    result = results[name]
+    if result.samples is None:
+        return {"name": name, "absent": result.absent}
+    row: dict[str, Any] = {"name": name, "yardstick": result.yardstick, "rounds": len(result.samples.wall)}
+    for c in ("wall", "cpu"):
+        row[c] = dict(zip(("q1", "median", "q3"), result.samples.quartiles(c), strict=True))
+    for label, other in (("baseline", case.baseline), ("fastadv", "fastadv")):
+        if results[other].samples is not None:
+            row[f"over {label}"] = result.samples.over(results[other].samples, clock)
+    if name in case.goals and "over fastadv" in row:
+        row["goal"] = {"over fastadv": case.goals[name], "met": row["over fastadv"] >= case.goals[name]}
+    moved = case.bytes_of.get(name, case.bytes)
+    if moved is not None:
+        row["GB/s"] = moved / row[clock]["median"] / 1e9
+    return row | {"facts": result.facts}
+
+
+def table(records: list[dict[str, Any]], clock: str) -> str:
+    rows = [
+        _row(case["case"] if i == 0 else "", contender, clock)
+        for case in records
+        for i, contender in enumerate(case["contenders"])
+    ]
+    return tabulate(rows, HEADERS, tablefmt="simple", disable_numparse=True)
+
+
+def _row(case: str, c: dict[str, Any], clock: str) -> list[str]:
+    if "absent" in c:
+        return [case, c["name"], "-", c["absent"], "", "", "", "", "", ""]
+    ratio = c.get("over fastadv")
+    beaten = ratio is not None and ratio < 1 and not c["yardstick"] and not c["name"].startswith("fastadv")
+    goal = c.get("goal")
+    return [
+        case,
+        c["name"],
+        _time(c[clock]["median"]),
+        f"{_time(c[clock]['q1'])} .. {_time(c[clock]['q3'])}",
+        _time(c["cpu"]["median"]),
+        f"{c['over baseline']:.2f}" if "over baseline" in c else "",
+        "" if ratio is None else f"{ratio:.2f}" + (" FASTADV LOSES" if beaten else ""),
+        f">= {goal['over fastadv']:.2f} {'met' if goal['met'] else 'MISSED'}" if goal else "",
+        f"{c['GB/s']:.1f}" if "GB/s" in c else "",
+        ", ".join(f"{name} {value:.2g}" for name, value in c["facts"].items()),
+    ]
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds / size < 100 else f"{seconds / size:.0f} {unit}"
+    return f"{seconds * 1e6:.2f} us"

@@ -1,0 +1,55 @@
+"""The same cases through pytest-benchmark: ``pytest benchmarks --benchmark-only`` (FASTADV_BENCH_QUICK=1: small and short).
+
+pytest-benchmark times one contender after the other, so a change in the machine's mood lands in the ratios. Use it to follow
+one contender over commits (``--benchmark-autosave``, ``--benchmark-compare``), and ``python -m benchmarks`` to compare.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from . import attacks, ops, timing
+
+benchmark_fixture = pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
+
+QUICK = os.environ.get("FASTADV_BENCH_QUICK") == "1"
+PLAN = timing.QUICK if QUICK else timing.FULL
+DEVICE = torch.device("cpu")
+PAIRS = [pytest.param(c, name, id=f"{c.name}-{name}") for c in ops.cases(QUICK) + attacks.cases(QUICK) for name in c.contenders]
+
+
+@functools.lru_cache(maxsize=1)  # parameters come case by case, and one case's tensors can fill the memory
+def _inputs(case: timing.Case) -> Any:
+    torch.compiler.reset()
+    return case.inputs(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_speed(benchmark: Any, case: timing.Case, name: str) -> None:
+    try:
+        contender = case.contenders[name](_inputs(case))
+    except timing.UnavailableError as reason:
+        pytest.skip(str(reason))
+    block = timing.Block(contender, case.burst, PLAN, DEVICE)
+    benchmark.group = case.name
+    benchmark.extra_info["units in a round"] = block.units
+
+    def prepare() -> None:
+        if contender.prepare is not None:
+            contender.prepare()
+
+    benchmark.pedantic(block.burst, setup=prepare, rounds=max(PLAN.rounds[0], block.repeats), warmup_rounds=1)

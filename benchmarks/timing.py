@@ -1,0 +1,183 @@
+"""The one home of measurement: what a case is, and how its contenders are timed against each other.
+
+All contenders of a case run in one process on the same inputs, interleaved: every round times each of them once, in rotating
+order. A machine that slows down for a minute then slows all of them, and ratios are taken within a round. Compilers, caches
+and allocators are warm before the first round, the garbage collector is off, and no input is all zeros.
+
+Both clocks are kept: wall time, and the CPU time of this process, which neighbours on a shared machine disturb less (with
+one thread the two agree on a quiet machine). On a CUDA device each block ends with a synchronisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+CLOCKS = ("wall", "cpu")
+
+
+class UnavailableError(Exception):
+    """A contender cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work of a case."""
+
+    run: Callable[[], Any]  # one unit of work; returns its result
+    prepare: Callable[[], Any] | None = None  # not timed: puts back what runs modify
+    yardstick: bool = False  # does not do the work: a bound to compare with, as a plain copy
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A piece of work and who competes in it. Nothing is built before it is measured."""
+
+    name: str
+    inputs: Callable[[torch.device], Any]
+    contenders: dict[str, Callable[[Any], Contender]]  # from the inputs; raises UnavailableError
+    baseline: str
+    burst: int = 1  # units between two calls of prepare
+    bytes: int | None = None  # what one unit has to move at the least
+    bytes_of: dict[str, int] = field(default_factory=dict)  # the same, of contenders that do something else
+    judge: Callable[[Any, Any], dict[str, float]] | None = None  # (inputs, result) -> what to know about the result
+    goals: dict[str, float] = field(default_factory=dict)  # by contender: the least time over fastadv's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure. Times in seconds."""
+
+    block: float  # what is timed in one go lasts at least this long
+    budget: float  # for all rounds of a case
+    rounds: tuple[int, int]  # at least, at most
+
+
+FULL = Plan(block=0.02, budget=20.0, rounds=(5, 51))
+QUICK = Plan(block=0.001, budget=0.3, rounds=(2, 5))
+
+
+@dataclass
+class Samples:
+    """Seconds a unit, one for each round."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def quartiles(self, clock: str) -> tuple[float, float, float]:
+        values = getattr(self, clock)
+        first, median, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return first, median, third
+
+    def over(self, other: Samples, clock: str) -> float:
+        """How many times longer than ``other`` this took: the median over rounds of the ratio within a round."""
+        return statistics.median(a / b for a, b in zip(getattr(self, clock), getattr(other, clock), strict=True))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A contender's times and what the judge said, or why there are none."""
+
+    samples: Samples | None = None
+    facts: dict[str, float] = field(default_factory=dict)
+    yardstick: bool = False
+    absent: str = ""
+
+
+class Block:
+    """What is timed in one go: ``repeats`` times an untimed prepare and ``units`` timed runs."""
+
+    def __init__(self, contender: Contender, burst: int, plan: Plan, device: torch.device) -> None:
+        self.contender, self.device = contender, device
+        self.units, self.repeats = burst, 1
+        self.seconds = sum(self.time()[:1]) * self.units
+        # Until it lasts long enough, more of it: longer bursts where nothing has to be put back, else more bursts.
+        while self.seconds < plan.block:
+            factor = min(100, max(2, round(1.2 * plan.block / self.seconds)))
+            if contender.prepare is None:
+                self.units *= factor
+            else:
+                self.repeats *= factor
+            self.seconds = self.time()[0] * self.units * self.repeats
+
+    def burst(self) -> None:
+        run = self.contender.run
+        for _ in range(self.units):
+            run()
+
+    def time(self) -> tuple[float, float]:
+        """Wall and CPU seconds a unit."""
+        wall = cpu = 0.0
+        for _ in range(self.repeats):
+            if self.contender.prepare is not None:
+                self.contender.prepare()
+            _synchronize(self.device)
+            cpu_start, wall_start = time.process_time(), time.perf_counter()
+            self.burst()
+            _synchronize(self.device)
+            wall += time.perf_counter() - wall_start
+            cpu += time.process_time() - cpu_start
+        units = self.units * self.repeats
+        return wall / units, cpu / units
+
+
+def measure(case: Case, plan: Plan, device: torch.device) -> dict[str, Result]:
+    """Times all contenders of a case. One that is missing or fails takes no part and says why."""
+    torch.compiler.reset()  # else functions compiled for other cases' shapes count towards this one's recompilations
+    inputs = case.inputs(device)
+    blocks: dict[str, Block] = {}
+    results: dict[str, Result] = {}
+    for name, build in case.contenders.items():
+        try:
+            contender = build(inputs)
+            facts = _judge(case, inputs, contender)
+            blocks[name] = Block(contender, case.burst, plan, device)
+        except UnavailableError as reason:
+            results[name] = Result(absent=str(reason))
+        except Exception as error:  # a peer's bug must not take the other numbers with it
+            results[name] = Result(absent=f"failed: {type(error).__name__}: {error}".splitlines()[0])
+        else:
+            results[name] = Result(Samples(), facts, contender.yardstick)
+    least, most = plan.rounds
+    rounds = min(most, max(least, int(plan.budget / max(1e-9, sum(b.seconds for b in blocks.values())))))
+    names = list(blocks)
+    with _no_garbage_collection():
+        for i in range(rounds):
+            turn = i % len(names)
+            for name in names[turn:] + names[:turn]:
+                wall, cpu = blocks[name].time()
+                results[name].samples.wall.append(wall)
+                results[name].samples.cpu.append(cpu)
+    return results
+
+
+def _judge(case: Case, inputs: Any, contender: Contender) -> dict[str, float]:
+    """The first run, which compiles what is compiled lazily, also shows that the contender computes the right thing."""
+    if contender.prepare is not None:
+        contender.prepare()
+    result = contender.run()
+    return {} if case.judge is None or contender.yardstick else case.judge(inputs, result)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

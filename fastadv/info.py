@@ -1,0 +1,68 @@
+"""What was built, with which compilers, and what runs on this machine and why: ``fastadv info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import native, ops
+from ._version import __version__
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, as benchmarks and reports print them."""
+    return {
+        "fastadv": __version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": f"{_cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def build() -> dict[str, str]:
+    """How the native extension was built."""
+    if native.LOAD_ERROR is not None:
+        return {"native kernels": f"none: {native.LOAD_ERROR}"}
+    info = native.BUILD_INFO
+    cuda = f"{info['nvcc']}, {info['cuda_archs']} with PTX" if info["cuda_archs"] else f"none: {info['cuda_note']}"
+    return {"C++ kernels": info["cxx"] + (", OpenMP" if info["openmp"] else ", one thread"), "CUDA kernels": cuda}
+
+
+def backends() -> list[tuple[str, str, str, str]]:
+    """(device, op, backend, why) for every op on the CPU and, where there is one, the GPU."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [(device, op, *ops.choice(op, device)) for device in devices for op in (*ops.STEPS, *ops.LOSSES)]
+
+
+def report() -> str:
+    """The whole story as text."""
+    facts = {**environment(), **build()}
+    width = max(map(len, facts))
+    lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
+    lines += ["", f"{'device':<8}{'op':<14}{'backend':<11}why"]
+    lines += [f"{device:<8}{op:<14}{backend:<11}{why}" for device, op, backend, why in backends()]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    print(report())

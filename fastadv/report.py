@@ -1,0 +1,152 @@
+"""One self-contained HTML page of text, tables and matplotlib figures.
+
+No scripts, nothing loaded from anywhere, light and dark, phone and desktop. Figures become inline SVG; what matplotlib
+draws in black (its default for text and axes) and on no background takes the page's own colours.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --soft: #59636e; --line: #d1d9e0; --note: #fff3cd }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ed; --paper: #14171b; --soft: #9aa4af; --line: #343b43; --note: #4a3c10 }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 66rem; color: var(--ink); background: var(--paper);
+       font: 1rem/1.55 system-ui, sans-serif }
+h1 { margin: 0; font-size: 1.9rem; line-height: 1.2 }
+h2 { margin: 2.2rem 0 0.6rem; font-size: 1.3rem; line-height: 1.3 }
+p { margin: 0.6rem 0; max-width: 46rem }
+.subtitle, caption, figcaption { color: var(--soft) }
+.note { padding: 0.6rem 0.9rem; border-radius: 0.4rem; background: var(--note) }
+.scroll { overflow-x: auto; margin: 0.9rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+caption { caption-side: bottom; padding-top: 0.4rem; text-align: left; font-size: 0.9rem }
+th, td { padding: 0.35rem 0.9rem 0.35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+th:last-child, td:last-child { padding-right: 0 }
+.number { text-align: right }
+figure { display: inline-block; vertical-align: top; margin: 0.9rem 1.5rem 0.9rem 0; max-width: 100% }
+figure svg { display: block; width: 100%; height: auto; fill: currentColor }
+figcaption { margin-top: 0.3rem; font-size: 0.9rem }
+"""
+
+NUMBER = re.compile(r"[-+]?[\d.,]+ ?(%|s|ms|us|x)?")  # such cells are set flush right
+
+
+class Report:
+    """Collects the parts of a page in order, then writes it: ``Report("Title").text("...").write("report.html")``.
+
+    All text is plain text and is escaped.
+    """
+
+    def __init__(self, title: str, subtitle: str = "") -> None:
+        self.title = title
+        self._figures = 0
+        self._parts = [f"<h1>{html.escape(title)}</h1>"]
+        if subtitle:
+            self._parts.append(f'<p class="subtitle">{html.escape(subtitle)}</p>')
+
+    def heading(self, text: str) -> Report:
+        return self._add(f"<h2>{html.escape(text)}</h2>")
+
+    def text(self, text: str) -> Report:
+        """A paragraph."""
+        return self._add(f"<p>{html.escape(text)}</p>")
+
+    def note(self, text: str) -> Report:
+        """A paragraph that must not be missed."""
+        return self._add(f'<p class="note" role="note">{html.escape(text)}</p>')
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> Report:
+        """A table; cells are shown by ``str``, numbers flush right. A column's header is set like its first cell."""
+        numeric = [bool(rows) and _is_number(cell) for cell in (rows[0] if rows else headers)]
+        head = "".join(_cell("th", text, number) for text, number in zip(headers, numeric, strict=True))
+        body = "".join(f"<tr>{''.join(_cell('td', cell, _is_number(cell)) for cell in row)}</tr>\n" for row in rows)
+        title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+        table = f"<table>{title}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+        return self._add(f'<div class="scroll">{table}</div>')
+
+    def figure(self, fig: Figure, caption: str, alt: str) -> Report:
+        """A matplotlib figure; ``alt`` says in words what it shows. Narrow neighbours stand side by side on a wide page."""
+        self._figures += 1
+        svg = _inline_svg(fig, alt, prefix=f"figure{self._figures}-")
+        width = fig.get_figwidth() * 96  # CSS pixels to the inch
+        return self._add(
+            f'<figure style="width: {width:.0f}px">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
+        )
+
+    def html(self) -> str:
+        return (
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{html.escape(self.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+            + "\n".join(self._parts)
+            + "\n</body>\n</html>\n"
+        )
+
+    def write(self, path: str | Path) -> Path:
+        """Writes the page in one piece: whoever looks sees the old file or the new one, never a part."""
+        page = self.html()
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+        return Path(path)
+
+    def _add(self, part: str) -> Report:
+        self._parts.append(part)
+        return self
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, moved over it when the block ends and removed when it fails.
+
+    The folder is made if missing. Beside, because a rename is atomic only within one file system.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_number(cell: object) -> bool:
+    return NUMBER.fullmatch(str(cell)) is not None
+
+
+def _cell(tag: str, cell: object, number: bool) -> str:
+    css = ' class="number"' if number else ""
+    return f"<{tag}{css}>{html.escape(str(cell))}</{tag}>"
+
+
+def _inline_svg(fig: Figure, alt: str, prefix: str) -> str:
+    """The figure as an <svg> element fit to stand among others inside an HTML page."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "fastadv"}):  # same look, same bytes everywhere
+        fig.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]  # no XML declaration inside HTML
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Ids are per page in HTML, and matplotlib gives every figure the same ones.
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    svg = svg.replace("#000000", "currentColor")
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    assert box is not None
+    start = f'<svg viewBox="{box[1]}" role="img" aria-label="{html.escape(alt)}">'
+    return start + svg[svg.index(">") + 1 :].strip()

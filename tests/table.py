@@ -1,0 +1,89 @@
+"""The axes of the test table: every op runs over backend x dtype x shape x layout, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastadv import ops
+
+# Native kernels and Triton against the reference. "cpp" must exist where tests run; a missing one is a failure, not a skip.
+STEP_BACKENDS = {
+    "linf_step": ("cpp", "triton", "reference"),
+    "l2_step": ("cpp", "reference"),
+    "l1_step": ("cpp", "reference"),
+}
+
+# (dtype of adv and x, dtype of grad)
+STEP_DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),  # a model run in bf16 on an fp32 image: read by the kernel as it is
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float32),  # converted once
+    (torch.float16, torch.float32),
+]
+
+SHAPES = {
+    "one": (1, 1),  # a single element
+    "row": (3, 5),  # shorter than any vector
+    "image": (4, 3, 8, 8),  # whole vectors
+    "odd": (5, 3, 7, 9),  # vectors with a remainder in every sample
+    "volume": (2, 3, 4, 5, 6),  # five dimensions
+    "chunks": (2, 3, 129, 131),  # more than one thread's chunk, cut inside a sample
+    "empty": (0, 3, 4, 4),  # no samples
+    "hollow": (3, 0),  # samples without elements
+}
+
+# Losses: 2..4 classes meet the minima of DLR, 10 and 16 fill a vector partly and exactly, 1000 takes several.
+CLASSES = (2, 3, 4, 5, 10, 16, 17, 100, 1000)
+
+# How far a result may be from float64 arithmetic on the same (rounded) inputs, in units of the result's own precision.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def name(value: object) -> str | None:
+    """A readable test id."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple) and all(isinstance(v, torch.dtype) for v in value):
+        return "/".join(str(v).removeprefix("torch.") for v in value)
+    return None
+
+
+def layouts(shape: tuple[int, ...]) -> list[str]:
+    return ["contiguous", "strided", *{4: ["channels_last"], 5: ["channels_last_3d"]}.get(len(shape), [])]
+
+
+def arrange(t: Tensor, layout: str) -> Tensor:
+    """``t`` with the same values in another memory layout."""
+    if layout == "strided":  # every other element of a larger tensor
+        wide = torch.empty(*t.shape, 2, dtype=t.dtype)
+        wide[..., 0] = t
+        return wide[..., 0]
+    return t.clone(memory_format=getattr(torch, "contiguous_format" if layout == "contiguous" else layout))
+
+
+def step_inputs(shape: tuple[int, ...], dtype: torch.dtype, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """adv, grad, x: x in [0, 1], adv partly outside ball and box, a gradient with zeros and both signs."""
+    generator = torch.Generator().manual_seed(sum(shape) + 1)
+    x = torch.rand(shape, generator=generator)
+    adv = x + 0.1 * torch.randn(shape, generator=generator)
+    grad = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.1)
+    return adv.to(dtype), grad.to(grad_dtype), x.to(dtype)
+
+
+def logits_and_labels(rows: int, classes: int, dtype: torch.dtype, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows * classes)
+    z = scale * torch.randn(rows, classes, generator=generator)
+    return z.to(dtype), torch.randint(classes, (rows,), generator=generator)
+
+
+def need_backend(op: str, backend: str) -> None:
+    """A backend that tests ask for must be there: on Linux every install has all three."""
+    found, why = ops.implementation(op, "cpu", backend)
+    if found is None:
+        pytest.fail(f"{backend} cannot run {op} here: {why}")

@@ -1,0 +1,144 @@
+"""What torch sees of the ops: schemas, fake tensors, autograd, torch.compile, version counters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from table import logits_and_labels, step_inputs
+from torch.library import opcheck
+
+from fastadv import ops
+
+LABEL_LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted")
+DIVERGENCES = ("kl", "se")
+
+
+def label_arguments(op: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    z, y = logits_and_labels(6, 5, dtype)
+    z.requires_grad_()
+    return (z, y, (y + 1) % 5) if op == "dlr_targeted" else (z, y)
+
+
+def test_every_op_is_registered():
+    registered = {name.removesuffix("_") for name in (*ops.STEPS, *ops.LOSSES) if hasattr(torch.ops.fastadv, name)}
+    registered |= {name for name in ops.STEPS if hasattr(torch.ops.fastadv, f"{name}_")}
+    assert registered == {*ops.STEPS, *ops.LOSSES}
+
+
+@pytest.mark.parametrize("op", ops.STEPS)
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per_sample"])
+def test_opcheck_steps(op, per_sample):
+    adv, grad, x = step_inputs((4, 3, 5, 5), torch.float32, torch.float32)
+    extra = (0.1,) if op == "l1_step" else ()
+    scalars = (torch.rand(4), torch.rand(4)) if per_sample else (None, None)
+    opcheck(getattr(torch.ops.fastadv, f"{op}_").default, (adv, grad, x, 0.1, 0.2, 0.0, 1.0, *extra, *scalars))
+
+
+@pytest.mark.parametrize("op", LABEL_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_label_losses(op, dtype):
+    opcheck(getattr(torch.ops.fastadv, op).default, label_arguments(op, dtype))
+
+
+@pytest.mark.parametrize("op", DIVERGENCES)
+@pytest.mark.parametrize("ref_grad", [False, True])
+def test_opcheck_divergences(op, ref_grad):
+    z, w = (logits_and_labels(n, 5, torch.float32)[0][:6] for n in (6, 7))
+    opcheck(getattr(torch.ops.fastadv, op).default, (z.requires_grad_(ref_grad), w.requires_grad_(), ref_grad))
+
+
+@pytest.mark.parametrize("op", LABEL_LOSSES)
+def test_gradcheck_label_losses(op):
+    z, *labels = label_arguments(op, torch.float64)
+    assert torch.autograd.gradcheck(lambda z: getattr(ops, op)(z, *labels)[0], z)
+
+
+@pytest.mark.parametrize("op", DIVERGENCES)
+def test_gradcheck_divergences_in_both_arguments(op):
+    z, w = (logits_and_labels(n, 5, torch.float64)[0][:6].requires_grad_() for n in (6, 7))
+    assert torch.autograd.gradcheck(lambda z, w: getattr(ops, op)(z, w)[0], (z, w))
+
+
+@pytest.mark.parametrize("op", [*LABEL_LOSSES, *DIVERGENCES])
+def test_gradient_is_scaled_row_by_row_and_dlogits_is_constant(op):
+    args = (
+        label_arguments(op) if op in LABEL_LOSSES else (logits_and_labels(7, 5, torch.float32)[0][:6], label_arguments("ce")[0])
+    )
+    logits = args[0] if op in LABEL_LOSSES else args[1]
+    loss, dlogits = getattr(ops, op)(*args)
+    assert not dlogits.requires_grad
+    weights = torch.arange(6.0)  # the loss is not the last op
+    (weights * loss).sum().backward()
+    torch.testing.assert_close(logits.grad, weights[:, None] * dlogits)
+
+
+@pytest.mark.parametrize("op", [*LABEL_LOSSES, *DIVERGENCES])
+def test_a_second_derivative_is_refused_rather_than_wrong(op):
+    args = (
+        label_arguments(op) if op in LABEL_LOSSES else (logits_and_labels(7, 5, torch.float32)[0][:6], label_arguments("ce")[0])
+    )
+    loss, _ = getattr(ops, op)(*args)
+    with pytest.raises(RuntimeError, match=f"fastadv.ops.{op} has no second derivative"):
+        torch.autograd.grad(loss.sum(), [a for a in args if a.requires_grad], create_graph=True)
+
+
+def test_whole_step_compiles_without_graph_breaks():
+    adv, grad, x = step_inputs((4, 3, 5, 5), torch.float32, torch.float32)
+    z, y = logits_and_labels(4, 5, torch.float32)
+    w = z.flip(0).clone().requires_grad_()
+
+    def step(adv, grad, x, z, w):
+        ops.linf_step_(adv, grad, x, 0.1, 0.2, 0.0, 1.0)
+        moved = ops.l2_step(adv, grad, x, torch.ones(4), 0.2)
+        loss, dlogits = ops.ce(z, y)
+        return moved, loss.sum() + ops.kl(w, z)[0].sum(), dlogits
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf, image = z.clone().requires_grad_(), adv.clone()
+        moved, loss, dlogits = function(image, grad, x, leaf, w)
+        results.append((image, moved, loss.detach(), dlogits, *torch.autograd.grad(loss, (leaf, w))))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", ops.STEPS)
+def test_in_place_steps_move_the_version_counter(op):
+    """Without it, a backward that saved the image would silently use the moved one."""
+    adv = torch.rand(2, 3)
+    leaf = torch.rand(2, 3, requires_grad=True)
+    product = (leaf * adv).sum()  # saves adv
+    before = adv._version
+    getattr(ops, f"{op}_")(adv, torch.ones(2, 3), torch.rand(2, 3), 0.1, 0.2)
+    assert adv._version == before + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_out_moves_the_version_counter():
+    z, y = logits_and_labels(6, 5, torch.float32)
+    out = ops.ce(z, y)
+    versions = [t._version for t in out]
+    ops.ce(z, y, out=out)
+    assert [t._version for t in out] == [v + 1 for v in versions]
+    image = torch.rand(2, 3)
+    before = image._version
+    ops.linf_step(torch.rand(2, 3), torch.rand(2, 3), torch.rand(2, 3), 0.1, 0.2, out=image)
+    assert image._version == before + 1
+
+
+def test_ops_work_in_inference_mode():
+    with torch.inference_mode():
+        adv, z = torch.rand(2, 3), torch.rand(2, 3)
+        assert ops.linf_step_(adv, z, adv.clone(), 0.1, 0.2) is adv
+        loss, _ = ops.ce(z, torch.tensor([0, 1]))
+        assert loss.shape == (2,)
+
+
+def test_fake_tensors_go_through_the_shape_functions():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        loss, dlogits = ops.kl(torch.rand(3, 5, dtype=torch.bfloat16), torch.rand(3, 5))
+        moved = ops.l1_step(torch.rand(2, 7), torch.rand(2, 7), torch.rand(2, 7), 0.1, 0.2)
+    assert (loss.shape, dlogits.dtype, moved.shape) == ((3,), torch.float32, (2, 7))

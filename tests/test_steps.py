@@ -1,0 +1,192 @@
+"""The step family: every backend against the reference, and the reference against what a projection is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from table import ROUNDING, SHAPES, STEP_BACKENDS, STEP_DTYPES, arrange, layouts, name, need_backend, step_inputs
+from torch import Tensor
+
+import fastadv
+from fastadv import ops
+from fastadv.reference import step as reference
+
+CASES = [
+    pytest.param(op, backend, dtypes, shape, layout, id=f"{op}-{backend}-{name(dtypes)}-{shape}-{layout}")
+    for op, backends in STEP_BACKENDS.items()
+    for backend in backends
+    for dtypes in STEP_DTYPES
+    for shape in SHAPES
+    for layout in layouts(SHAPES[shape])
+    # The interpreter is slow: Triton sees the large shape in one dtype.
+    if not (backend == "triton" and shape == "chunks" and dtypes != STEP_DTYPES[0])
+]
+
+SIZES = {"linf_step": (0.02, 0.06), "l2_step": (0.5, 1.0), "l1_step": (2.0, 3.0)}  # alpha, eps
+
+
+def run(op: str, backend: str, *args: object, **kwargs: object) -> Tensor:
+    need_backend(op.removesuffix("_"), backend)
+    with fastadv.use_backend(backend):
+        return getattr(ops, op)(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("op", "backend", "dtypes", "shape", "layout"), CASES)
+@pytest.mark.parametrize("scalars", ["shared", "per_sample"])
+def test_every_backend_computes_the_reference(op, backend, dtypes, shape, layout, scalars):
+    adv, grad, x = (arrange(t, layout) for t in step_inputs(SHAPES[shape], *dtypes))
+    alpha, eps = SIZES[op]
+    if scalars == "per_sample":
+        factor = torch.linspace(0, 1.5, len(adv), dtype=torch.float64)
+        alpha, eps = alpha * factor, eps * factor
+    before = adv.clone()
+
+    result = run(op, backend, adv, grad, x, alpha, eps, 0.0, 1.0)
+
+    assert result.dtype == adv.dtype
+    assert result.shape == adv.shape
+    assert torch.equal(adv, before), "adv was modified"
+    if layout != "strided":
+        assert result.stride() == adv.stride()
+    if op == "linf_step":
+        expected = reference.linf_step(adv, grad, x, alpha, eps, 0.0, 1.0)
+        if backend == "triton" and adv.dtype == torch.bfloat16:
+            # Triton's interpreter truncates when it stores bf16 (a GPU rounds): one last place.
+            torch.testing.assert_close(result, expected, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(result, expected)
+    else:
+        wide = (t.double() for t in (adv, grad.to(adv.dtype), x))
+        expected = getattr(reference, op)(*wide, alpha, eps, 0.0, 1.0)
+        rounding = ROUNDING[adv.dtype]
+        if op == "l1_step" and backend == "reference":
+            rounding *= 4  # its running sums over a sorted sample round more than the kernel's, which are in double
+        torch.testing.assert_close(result.double(), expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("op", STEP_BACKENDS)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_in_place_and_out_agree_with_a_new_tensor(op, backend):
+    adv, grad, x = step_inputs((4, 3, 8, 8), torch.float32, torch.float32)
+    alpha, eps = SIZES[op]
+    expected = run(op, backend, adv, grad, x, alpha, eps, 0.0, 1.0)
+
+    out = torch.full_like(adv, 7.0).to(memory_format=torch.channels_last)  # another layout than adv's
+    assert run(op, backend, adv, grad, x, alpha, eps, 0.0, 1.0, out=out) is out
+    assert torch.equal(out, expected)
+    moved = adv.clone()
+    assert run(op + "_", backend, moved, grad, x, alpha, eps, 0.0, 1.0) is moved
+    assert torch.equal(moved, expected)
+
+
+@pytest.mark.parametrize(("op", "backend"), [(op, b) for op, backends in STEP_BACKENDS.items() for b in backends])
+def test_result_is_in_ball_and_box(op, backend):
+    adv, grad, x = step_inputs((16, 3, 8, 8), torch.float64, torch.float64)
+    alpha, eps = SIZES[op]
+    result = run(op, backend, adv, grad, x, alpha, eps, 0.0, 1.0)
+    order = {"linf_step": math.inf, "l2_step": 2, "l1_step": 1}[op]
+    length = torch.linalg.vector_norm((result - x).flatten(1), order, dim=1)
+    assert (length <= eps * (1 + 1e-9)).all()
+    assert length.max() > 0.9 * eps, "the ball is not used"
+    assert result.min() >= 0
+    assert result.max() <= 1
+
+
+@pytest.mark.parametrize(("op", "backend"), [(op, b) for op, backends in STEP_BACKENDS.items() for b in backends])
+def test_nan_and_zero_gradients_move_nothing(op, backend):
+    x = torch.rand(4, 50, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    grad = torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
+    grad[1] = 0
+    grad[2] = math.nan
+    grad[3, 7] = math.nan
+    result = run(op, backend, x, grad, x, 0.1, 0.2)
+    moved = result != x
+    assert moved[0].any()
+    assert not moved[1].any()
+    assert not moved[2].any()
+    assert not moved[3, 7]
+    assert not result.isnan().any()
+
+
+@pytest.mark.parametrize("backend", STEP_BACKENDS["l2_step"])
+@pytest.mark.parametrize("scale", [1e-30, 1e30], ids=["tiny", "huge"])
+def test_l2_direction_survives_gradients_whose_squares_do_not(backend, scale):
+    _, grad, x = step_inputs((4, 100), torch.float32, torch.float32)
+    expected = run("l2_step", backend, x, grad, x, 0.5, 1.0)
+    result = run("l2_step", backend, x, grad * scale, x, 0.5, 1.0)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", STEP_BACKENDS["l2_step"])
+def test_an_infinite_l2_gradient_moves_nothing(backend):
+    x = torch.rand(2, 10)
+    grad = torch.ones(2, 10)
+    grad[0, 3] = math.inf
+    moved = (run("l2_step", backend, x, grad, x, 0.1, 1.0) != x).any(1)
+    assert moved.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("backend", STEP_BACKENDS["l1_step"])
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 1.0])
+def test_l1_step_moves_the_largest_gradients_equally(backend, fraction):
+    grad = torch.randn(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.full_like(grad, 0.5)
+    moved = run("l1_step", backend, x, grad, x, 0.3, 10.0, 0.0, 1.0, fraction) - x
+    count = max(1, int(fraction * 40))
+    largest = torch.zeros_like(grad, dtype=torch.bool).scatter_(1, grad.abs().topk(count).indices, True)
+    torch.testing.assert_close(moved, torch.where(largest, grad.sign() * 0.3 / count, torch.zeros_like(grad)))
+
+
+@pytest.mark.parametrize("backend", STEP_BACKENDS["l1_step"])
+def test_l1_projection_is_the_nearest_point(backend):
+    """Against projected gradient's fixed point: no feasible point found by dense bisection on the multiplier is nearer."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(64, 30, dtype=torch.float64, generator=generator)
+    adv = x + torch.randn(64, 30, dtype=torch.float64, generator=generator)
+    eps = 2.0
+    result = run("l1_step", backend, adv, torch.zeros_like(x), x, 0.0, eps, 0.0, 1.0)
+    u, room = adv - x, torch.where(adv < x, x, 1 - x)
+    low, high = torch.zeros(64, 1, dtype=torch.float64), u.abs().amax(1, keepdim=True)
+    for _ in range(100):
+        shrink = (low + high) / 2
+        outside = torch.minimum((u.abs() - shrink).clamp(min=0), room).sum(1, keepdim=True) > eps
+        low, high = torch.where(outside, shrink, low), torch.where(outside, high, shrink)
+    nearest = x + u.sign() * torch.minimum((u.abs() - high).clamp(min=0), room)
+    torch.testing.assert_close(result, nearest, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", STEP_BACKENDS)
+def test_zero_radius_gives_x_back(op):
+    adv, grad, x = step_inputs((4, 3, 8, 8), torch.float32, torch.float32)
+    assert torch.equal(run(op, "cpp", adv, grad, x, 0.1, 0.0, 0.0, 1.0), x)
+
+
+BAD = {
+    "shapes": (lambda a, g, x: (a, g[:1], x, 0.1, 0.1), "one shape"),
+    "scalar adv": (lambda a, g, x: (a[0, 0], g[0, 0], x[0, 0], 0.1, 0.1), "one shape"),
+    "dtypes": (lambda a, g, x: (a, g, x.double(), 0.1, 0.1), "one floating dtype"),
+    "integers": (lambda a, g, x: (a.long(), g, x.long(), 0.1, 0.1), "floating dtype"),
+    "devices": (lambda a, g, x: (a, g.to("meta"), x, 0.1, 0.1), "one device"),
+    "negative eps": (lambda a, g, x: (a, g, x, 0.1, -0.1), "eps must be >= 0; got -0.1"),
+    "alpha per sample": (lambda a, g, x: (a, g, x, torch.ones(9), 0.1), r"alpha must be a float or have shape \[2\]"),
+    "adv requires grad": (lambda a, g, x: (a.requires_grad_(), g, x, 0.1, 0.1), "adv requires grad"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("op", STEP_BACKENDS)
+def test_bad_arguments_are_refused_untouched(op, case):
+    adv, grad, x = (torch.rand(2, 3) for _ in range(3))
+    before = adv.clone()
+    arguments, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, f"{op}_")(*arguments(adv, grad, x))
+    assert torch.equal(adv.detach(), before)
+
+
+def test_out_must_fit():
+    adv, grad, x = (torch.rand(2, 3) for _ in range(3))
+    with pytest.raises(ValueError, match="out must be like adv"):
+        ops.linf_step(adv, grad, x, 0.1, 0.1, out=torch.empty(3, 2))
