@@ -22,6 +22,11 @@ StepArgs step_args(uintptr_t out, uintptr_t adv, uintptr_t grad, uintptr_t x, in
           DType(grad_dtype), alpha, eps, lo, hi, pointer<double>(alphas), pointer<double>(radii)};
 }
 
+StartArgs start_args(uintptr_t out, uintptr_t x, int64_t samples, int64_t size, int dtype, double eps, double lo, double hi,
+                     uintptr_t radii, uint64_t seed) {
+  return {pointer<void>(out), pointer<void>(x), samples, size, DType(dtype), eps, lo, hi, pointer<double>(radii), seed};
+}
+
 using StepKernel = void (*)(const StepArgs&, int);
 using LossKernel = void (*)(const LossArgs&, int);
 
@@ -65,6 +70,12 @@ PYBIND11_MODULE(_C, m) {
                 threads);
   });
 
+  m.def("linf_start", [](uintptr_t out, uintptr_t x, int64_t samples, int64_t size, int dtype, double eps, double lo, double hi,
+                         uintptr_t radii, uint64_t seed, int threads) {
+    py::gil_scoped_release nogil;
+    linf_start_cpu(start_args(out, x, samples, size, dtype, eps, lo, hi, radii, seed), threads);
+  });
+
   def_loss<ce_cpu>(m, "ce");
   def_loss<log_odds_cpu>(m, "log_odds");
   def_loss<margin_cpu>(m, "margin");
@@ -78,6 +89,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("log", [](float x) { return log_(x); });
 
 #ifdef FASTADV_WITH_CUDA
+  m.def("linf_start_cuda", [](uintptr_t out, uintptr_t x, int64_t samples, int64_t size, int dtype, double eps, double lo,
+                              double hi, uintptr_t radii, uint64_t seed, uintptr_t stream) {
+    py::gil_scoped_release nogil;
+    linf_start_cuda(start_args(out, x, samples, size, dtype, eps, lo, hi, radii, seed), pointer<void>(stream));
+  });
   m.def("linf_step_cuda", [](uintptr_t out, uintptr_t adv, uintptr_t grad, uintptr_t x, int64_t samples, int64_t size,
                              int dtype, int grad_dtype, double alpha, double eps, double lo, double hi, uintptr_t alphas,
                              uintptr_t radii, uintptr_t stream) {

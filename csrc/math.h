@@ -150,6 +150,38 @@ struct L1Project {
   FASTADV_FN T operator()(T u, T x) const { return clamp(x + sign(u) * length(u, x), lo, hi); }
 };
 
+// The counter-based generator Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four
+// random words from a counter and a key, so that any element of any sample is drawn on its own, in any order.
+struct Words {
+  uint32_t word[4];
+};
+
+// Recursion rather than a loop: straight-line code vectorises over counters.
+template <int kRounds>
+FASTADV_FN Words philox_rounds(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+  if constexpr (kRounds == 0) {
+    return {{c0, c1, c2, c3}};
+  } else {
+    const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+    return philox_rounds<kRounds - 1>(uint32_t(p1 >> 32) ^ c1 ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c3 ^ k1, uint32_t(p0),
+                                      k0 + 0x9E3779B9u, k1 + 0xBB67AE85u);
+  }
+}
+
+FASTADV_FN Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  return philox_rounds<10>(c0, c1, c2, c3, uint32_t(key), uint32_t(key >> 32));
+}
+
+// adv <- clamp_[lo,hi]( x + eps u ), u uniform in [-1, 1) in steps of 2^-23, from one random word.
+template <class T>
+struct LinfStart {
+  T eps, lo, hi;
+  FASTADV_FN T operator()(uint32_t word, T x) const {
+    const T u = T(int32_t(word >> 8) - (1 << 23)) * T(1.0 / (1 << 23));
+    return clamp(x + eps * u, lo, hi);
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------- loss family
 // z: logits of one row, shifted so that their maximum is 0; e = exp(z), sum = sum_k e_k; p = e / sum.
 

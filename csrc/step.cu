@@ -3,6 +3,7 @@
 //   linf  one pass: read adv, grad, x, write out, 16 bytes per fp32 element, the least any step can move. Pure streaming:
 //         each thread moves 16 bytes per load, the three loads of an element group are independent and so in flight at
 //         once, and the grid strides over a row. A row is the whole batch where the scalars are shared, else one sample.
+//   start one pass: read x, write out; a thread draws the four words of one counter and uses them on four neighbours.
 //
 // l2 and l1 run on the GPU through the reference until their kernels are written.
 #include <stdexcept>
@@ -46,14 +47,39 @@ __global__ void __launch_bounds__(kThreads) linf_step_kernel(StepArgs args, int6
   }
 }
 
+template <class S>
+__global__ void __launch_bounds__(kThreads) linf_start_kernel(StartArgs args) {
+  using T = arithmetic_t<S>;
+  for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
+    const LinfStart<T> f{T(args.radii ? args.radii[sample] : args.eps), T(args.lo), T(args.hi)};
+    const S* x = static_cast<const S*>(args.x) + sample * args.size;
+    S* out = static_cast<S*>(args.out) + sample * args.size;
+    const int64_t counters = (args.size + 3) / 4;
+    for (int64_t c = blockIdx.x * int64_t(kThreads) + threadIdx.x; c < counters; c += int64_t(gridDim.x) * kThreads) {
+      const Words w = philox(args.seed, uint32_t(c), uint32_t(c >> 32), uint32_t(sample), uint32_t(sample >> 32));
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (4 * c + k < args.size) store(out[4 * c + k], f(w.word[k], load(x[4 * c + k])));
+    }
+  }
+}
+
+dim3 grid_for(int64_t rows, int64_t items_per_row) {
+  const int64_t blocks = (items_per_row + kThreads - 1) / kThreads;
+  return dim3(unsigned(blocks < kBlocksPerRow ? blocks : kBlocksPerRow), unsigned(rows < kMaxGridRows ? rows : kMaxGridRows));
+}
+
+void check_launch(const char* name) {
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
+    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
 bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 template <class S, class G, int kPack>
 void launch_linf(const StepArgs& args, int64_t rows, int64_t row_size, cudaStream_t stream) {
   const int64_t packs = row_size / kPack;
-  const int64_t blocks = (packs + kThreads - 1) / kThreads;
-  const dim3 grid(unsigned(blocks < kBlocksPerRow ? blocks : kBlocksPerRow), unsigned(rows < kMaxGridRows ? rows : kMaxGridRows));
-  linf_step_kernel<S, G, kPack><<<grid, kThreads, 0, stream>>>(args, rows, packs);
+  linf_step_kernel<S, G, kPack><<<grid_for(rows, packs), kThreads, 0, stream>>>(args, rows, packs);
 }
 
 template <class S, class G>
@@ -83,8 +109,20 @@ void linf_step_cuda(const StepArgs& args, void* stream_) {
   else if (s == DType::bf16 && g == DType::bf16) linf_step_typed<bf16, bf16>(args, stream);
   else if (s == DType::f16 && g == DType::f16) linf_step_typed<f16, f16>(args, stream);
   else throw std::invalid_argument("step: unsupported pair of storage types");
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
-    throw std::runtime_error(std::string("linf_step: ") + cudaGetErrorString(error));
+  check_launch("linf_step");
+}
+
+void linf_start_cuda(const StartArgs& args, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  if (args.samples == 0 || args.size == 0) return;
+  const dim3 grid = grid_for(args.samples, (args.size + 3) / 4);
+  switch (args.dtype) {
+    case DType::f32: linf_start_kernel<float><<<grid, kThreads, 0, stream>>>(args); break;
+    case DType::f64: linf_start_kernel<double><<<grid, kThreads, 0, stream>>>(args); break;
+    case DType::bf16: linf_start_kernel<bf16><<<grid, kThreads, 0, stream>>>(args); break;
+    case DType::f16: linf_start_kernel<f16><<<grid, kThreads, 0, stream>>>(args); break;
+  }
+  check_launch("linf_start");
 }
 
 }  // namespace fastadv

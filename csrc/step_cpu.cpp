@@ -2,6 +2,7 @@
 //
 //   linf  one pass: read adv, grad, x, write out (16 bytes per fp32 element); an eager chain moves 44 to 60.
 //   l2    per sample, one pass for three sums and one to apply them; a sample is still in cache for the second.
+//   start one pass: read x, write out; the random numbers are computed, not stored.
 //   l1    per sample: select the largest gradients, move, then find the one number of the exact projection.
 //
 // Samples are independent and each is handled by one thread in a fixed order, so results are bit-identical for any number
@@ -52,6 +53,31 @@ template <class S, class G, class F>
 FASTADV_MULTIVERSION void apply(Piece<S, G> p, F f) {
 #pragma omp simd
   for (int64_t i = 0; i < p.size; ++i) store(p.out[i], f(load(p.adv[i]), load(p.grad[i]), load(p.x[i])));
+}
+
+// Elements [begin, end) of one sample; begin is a multiple of kGrain. Words are drawn for a block that stays in L1, then used.
+template <class S, class T>
+FASTADV_MULTIVERSION void start(const StartArgs& args, int64_t sample, int64_t begin, int64_t end, LinfStart<T> f) {
+  constexpr int kCounters = 256;
+  alignas(64) uint32_t words[4 * kCounters];
+  S* out = static_cast<S*>(args.out) + sample * args.size;
+  const S* x = static_cast<const S*>(args.x) + sample * args.size;
+  const uint64_t seed = args.seed, index = uint64_t(sample);
+  for (int64_t block = begin; block < end; block += 4 * kCounters) {
+    const uint64_t first = uint64_t(block / 4);  // a multiple of kCounters: its low word does not overflow below
+    const uint32_t low = uint32_t(first), high = uint32_t(first >> 32);
+#pragma omp simd
+    for (int k = 0; k < kCounters; ++k) {
+      const Words w = philox(seed, low + uint32_t(k), high, uint32_t(index), uint32_t(index >> 32));
+      words[4 * k] = w.word[0];
+      words[4 * k + 1] = w.word[1];
+      words[4 * k + 2] = w.word[2];
+      words[4 * k + 3] = w.word[3];
+    }
+    const int64_t count = std::min<int64_t>(4 * kCounters, end - block);
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) store(out[block + k], f(words[k], load(x[block + k])));
+  }
 }
 
 struct L2Sums {
@@ -162,6 +188,27 @@ void linf_step_cpu(const StepArgs& args, int threads) {
       }
     });
   });
+}
+
+void linf_start_cpu(const StartArgs& args, int threads) {
+  const auto typed = [&](auto s) {
+    using S = decltype(s);
+    using T = arithmetic_t<S>;
+    const int64_t pieces = (args.size + kGrain - 1) / kGrain;  // of a sample
+    parallel_chunks(args.samples * pieces, rows_per_chunk(std::min(args.size, kGrain)), threads, [&](int64_t from, int64_t to) {
+      for (int64_t piece = from; piece < to; ++piece) {
+        const int64_t sample = piece / pieces, begin = piece % pieces * kGrain;
+        const LinfStart<T> f{T(args.radii ? args.radii[sample] : args.eps), T(args.lo), T(args.hi)};
+        start<S>(args, sample, begin, std::min(begin + kGrain, args.size), f);
+      }
+    });
+  };
+  switch (args.dtype) {
+    case DType::f32: return typed(float());
+    case DType::f64: return typed(double());
+    case DType::bf16: return typed(bf16());
+    case DType::f16: return typed(f16());
+  }
 }
 
 void l2_step_cpu(const StepArgs& args, int threads) {

@@ -62,8 +62,8 @@ def images(x: Any, lo: float, hi: float) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = describe(x) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a floating tensor [N, ...]; got {got}; integer images: x.float() / 255")
-    if not x.dim():
-        raise ValueError(f"x must have a batch dimension, [N, ...]; got {describe(x)}")
+    if x.dim() < 2:
+        raise ValueError(f"x must be a batch of samples, [N, ...] with two dimensions or more; got {describe(x)}")
     if not x.numel():
         return
     smallest, largest = (float(v) for v in x.detach().aminmax())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference.step import Scalar
+from .reference.step import Scalar, dense_layout
 
 
 def _load() -> tuple[Any, str | None]:
@@ -58,16 +58,6 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 # --------------------------------------------------------------------------------------------------------- step family
 
 
-def dense_layout(t: Tensor) -> torch.memory_format:
-    """The dense layout of ``t``, samples outermost; where it has none, the one it is copied to."""
-    if not t.is_contiguous():
-        if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if t.dim() == 5 and t.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format
-
-
 def float64_per_sample(value: Scalar, like: Tensor) -> tuple[float, Tensor | None]:
     """A float as (value, None); per-sample values as (0, float64 tensor [N] on the device)."""
     if isinstance(value, Tensor):
@@ -77,6 +67,15 @@ def float64_per_sample(value: Scalar, like: Tensor) -> tuple[float, Tensor | Non
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def _launch(name: str, on: Tensor, *arguments: float) -> None:
+    """Calls the kernel for the device of ``on``: CPU kernels take a number of threads last, CUDA kernels a stream."""
+    if on.is_cuda:
+        with torch.cuda.device(on.device):
+            getattr(_C, f"{name}_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:
+        getattr(_C, name)(*arguments, torch.get_num_threads())
 
 
 def _step(
@@ -106,11 +105,21 @@ def _step(
         samples, adv.numel() // samples if samples else 0, _DTYPES[adv.dtype], _DTYPES[grad.dtype],
         alpha, eps, lo, hi, _address(alphas), _address(radii), *extra,
     )  # fmt: skip
-    if adv.is_cuda:
-        with torch.cuda.device(adv.device):
-            getattr(_C, f"{name}_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
-    else:
-        getattr(_C, name)(*arguments, torch.get_num_threads())
+    _launch(name, adv, *arguments)
+    if target is not out:
+        out.copy_(target)
+
+
+def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int) -> None:
+    layout = dense_layout(x)
+    x = x.contiguous(memory_format=layout)
+    target = out if out.is_contiguous(memory_format=layout) else torch.empty_like(x)
+    eps, radii = float64_per_sample(eps, x)
+    samples = x.shape[0]
+    _launch(
+        "linf_start", x, target.data_ptr(), x.data_ptr(), samples, x.numel() // samples if samples else 0,
+        _DTYPES[x.dtype], eps, lo, hi, _address(radii), seed,
+    )  # fmt: skip
     if target is not out:
         out.copy_(target)
 

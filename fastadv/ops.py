@@ -27,6 +27,7 @@ from .checks import INTEGERS, describe
 from .reference.step import Scalar
 
 STEPS = ("linf_step", "l2_step", "l1_step")
+STARTS = ("linf_start",)
 LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted", "kl", "se")
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
@@ -67,7 +68,7 @@ def _triton_kernels() -> tuple[dict[str, Implementation], str]:
 
 
 def _reference(op: str) -> Implementation:
-    function = getattr(reference.step if op in STEPS else reference.loss, op)
+    function = getattr(reference.loss if op in LOSSES else reference.step, op)
 
     def step(out: Tensor, *args: Any) -> None:
         out.copy_(function(*args))
@@ -85,7 +86,7 @@ def _reference(op: str) -> Implementation:
         if grad_ref is not None:
             grad_ref.copy_(d_ref)
 
-    return step if op in STEPS else divergence if op in ("kl", "se") else loss
+    return divergence if op in ("kl", "se") else loss if op in LOSSES else step
 
 
 def implementation(op: str, device_type: str, backend: str) -> tuple[Implementation | None, str]:
@@ -280,6 +281,36 @@ def _check_step(op: str, out: Tensor | None, adv: Tensor, grad: Tensor, x: Tenso
         raise ValueError(f"{op}: eps must be >= 0; got {eps}")
 
 
+def linf_start(
+    x: Tensor, eps: Scalar, lo: float = -math.inf, hi: float = math.inf, seed: int = 0, *, out: Tensor | None = None
+) -> Tensor:
+    """A uniform random start in the linf ball and the box: ``clamp(x + eps u, lo, hi)``, u uniform in [-1, 1).
+
+    Args:
+        x: [N, ...], floating. Not differentiable.
+        eps: radius in units of x, float or [N].
+        lo, hi: bounds of every element.
+        seed: of the counter-based generator (Philox-4x32-10), in [0, 2^63). What a sample draws depends on the seed and
+            its place in the batch alone, not on the device, the number of threads or the samples beside it.
+        out: tensor like x to write into; default: a new one.
+
+    Raises:
+        ValueError: x is not floating [N, ...], eps is negative or not per sample, out is not like x, or seed out of range.
+    """
+    _check_step("linf_start", out, x, x, x, 0.0, eps)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"linf_start: seed must be in [0, 2^63); got {seed}")
+    if _through_dispatcher(x):
+        value, radii = (0.0, eps) if isinstance(eps, Tensor) else (eps, None)
+        started: Tensor = torch.ops.fastadv.linf_start(x.detach(), value, lo, hi, seed, radii)
+        return started if out is None else out.copy_(started)
+    if out is None:
+        out = torch.empty_like(x)
+    _implementation_for("linf_start", x)(out, x, eps, lo, hi, seed)
+    _written(out)
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------------- losses
 
 Out = tuple[Tensor, Tensor] | None
@@ -463,6 +494,16 @@ def _register_step(op: str, extra: str = "") -> None:
     )
 
 
+def _register_start(op: str) -> None:
+    def kernel(x: Tensor, eps: float, lo: float, hi: float, seed: int, radii: Tensor | None) -> Tensor:
+        out = torch.empty_like(x)
+        _implementation_for(op, x)(out, x, eps if radii is None else radii, lo, hi, seed)
+        return out
+
+    schema = f"{op}(Tensor x, float eps, float lo, float hi, int seed, Tensor? radii) -> Tensor"
+    _register(schema, kernel, lambda x, *_: torch.empty_like(x))
+
+
 def _register_loss(op: str, extra: str = "") -> None:
     def kernel(logits: Tensor, y: Tensor, *target: Tensor) -> tuple[Tensor, Tensor]:
         loss, grad = _loss_buffers(op, None, logits)
@@ -522,6 +563,7 @@ def _first_derivative_only(op: str) -> None:
 _register_step("linf_step")
 _register_step("l2_step")
 _register_step("l1_step", "float fraction, ")
+_register_start("linf_start")
 for _op in ("ce", "log_odds", "margin", "dlr"):
     _register_loss(_op)
 _register_loss("dlr_targeted", ", Tensor target")

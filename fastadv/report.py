@@ -83,9 +83,7 @@ class Report:
         self._figures += 1
         svg = _inline_svg(fig, alt, prefix=f"figure{self._figures}-")
         width = fig.get_figwidth() * 96  # CSS pixels to the inch
-        return self._add(
-            f'<figure style="width: {width:.0f}px">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
-        )
+        return self._add(f'<figure style="width: {width:.0f}px">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>')
 
     def html(self) -> str:
         return (

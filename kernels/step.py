@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastadv.native import dense_layout, float64_per_sample
-from fastadv.reference.step import Scalar
+from fastadv.native import float64_per_sample
+from fastadv.reference.step import Scalar, dense_layout
 
 BLOCK = 1024
 _MAX_GRID_ROWS = 65535

@@ -34,6 +34,15 @@ def test_linf_step_is_bit_identical(dtypes, shape, scalars):
             assert torch.equal(result.cpu(), expected), f"{backend}, {layout}"
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=name)
+def test_linf_start_is_the_cpus(dtype, shape):
+    for layout in layouts(SHAPES[shape]):
+        x = arrange(step_inputs(SHAPES[shape], dtype, dtype)[2], layout)
+        expected = ops.linf_start(x, 0.3, 0.0, 1.0, 99)
+        torch.testing.assert_close(ops.linf_start(x.cuda(), 0.3, 0.0, 1.0, 99).cpu(), expected, rtol=1e-3, atol=1e-6)
+
+
 def test_linf_step_runs_on_the_current_stream_and_in_a_graph():
     adv, grad, x = (t.cuda() for t in step_inputs((8, 3, 32, 32), torch.float32, torch.float32))
     expected = ops.linf_step(adv, grad, x, 0.02, 0.06, 0.0, 1.0)

@@ -20,9 +20,9 @@ def label_arguments(op: str, dtype: torch.dtype = torch.float32) -> tuple[torch.
 
 
 def test_every_op_is_registered():
-    registered = {name.removesuffix("_") for name in (*ops.STEPS, *ops.LOSSES) if hasattr(torch.ops.fastadv, name)}
-    registered |= {name for name in ops.STEPS if hasattr(torch.ops.fastadv, f"{name}_")}
-    assert registered == {*ops.STEPS, *ops.LOSSES}
+    for name in (*(f"{step}_" for step in ops.STEPS), *ops.STARTS, *ops.LOSSES):
+        assert hasattr(torch.ops.fastadv, name)
+        assert hasattr(ops, name)
 
 
 @pytest.mark.parametrize("op", ops.STEPS)
@@ -32,6 +32,11 @@ def test_opcheck_steps(op, per_sample):
     extra = (0.1,) if op == "l1_step" else ()
     scalars = (torch.rand(4), torch.rand(4)) if per_sample else (None, None)
     opcheck(getattr(torch.ops.fastadv, f"{op}_").default, (adv, grad, x, 0.1, 0.2, 0.0, 1.0, *extra, *scalars))
+
+
+@pytest.mark.parametrize("radii", [None, torch.rand(4)], ids=["shared", "per_sample"])
+def test_opcheck_start(radii):
+    opcheck(torch.ops.fastadv.linf_start.default, (torch.rand(4, 3, 5, 5), 0.1, 0.0, 1.0, 9, radii))
 
 
 @pytest.mark.parametrize("op", LABEL_LOSSES)
@@ -89,7 +94,7 @@ def test_whole_step_compiles_without_graph_breaks():
 
     def step(adv, grad, x, z, w):
         ops.linf_step_(adv, grad, x, 0.1, 0.2, 0.0, 1.0)
-        moved = ops.l2_step(adv, grad, x, torch.ones(4), 0.2)
+        moved = ops.l2_step(adv, grad, ops.linf_start(x, 0.1, 0.0, 1.0, 5), torch.ones(4), 0.2)
         loss, dlogits = ops.ce(z, y)
         return moved, loss.sum() + ops.kl(w, z)[0].sum(), dlogits
 

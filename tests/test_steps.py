@@ -163,6 +163,79 @@ def test_zero_radius_gives_x_back(op):
     assert torch.equal(run(op, "cpp", adv, grad, x, 0.1, 0.0, 0.0, 1.0), x)
 
 
+START_CASES = [
+    pytest.param(backend, dtype, shape, layout, id=f"{backend}-{name(dtype)}-{shape}-{layout}")
+    for backend in ("cpp", "reference")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for shape in SHAPES
+    for layout in layouts(SHAPES[shape])
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "shape", "layout"), START_CASES)
+@pytest.mark.parametrize("scalars", ["shared", "per_sample"])
+def test_every_backend_starts_as_the_reference(backend, dtype, shape, layout, scalars):
+    x = arrange(step_inputs(SHAPES[shape], dtype, dtype)[2], layout)
+    eps = 0.3 if scalars == "shared" else torch.linspace(0, 0.5, len(x), dtype=torch.float64)
+    result = run("linf_start", backend, x, eps, 0.0, 1.0, 2**63 - 12345)
+    expected = reference.linf_start(x.double(), eps, 0.0, 1.0, 2**63 - 12345)
+    assert result.dtype == dtype
+    if layout != "strided":
+        assert result.stride() == x.stride()
+    torch.testing.assert_close(result.double(), expected, rtol=ROUNDING[dtype] / 2, atol=ROUNDING[dtype] / 10)
+
+
+def test_philox_known_answers():
+    """The vectors that Salmon et al. publish with Random123."""
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    for counter, key, words in [
+        ((0,) * 4, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (pi, 0x299F31D0A4093822, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ]:
+        assert tuple(int(w) for w in reference.philox(key, *(torch.tensor(c) for c in counter))) == words
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_start_is_uniform_independent_and_keyed_by_sample(backend):
+    x = torch.full((40, 5003), 0.5, dtype=torch.float64)
+    u = (run("linf_start", backend, x, 0.25, 0.0, 1.0, 7) - 0.5) / 0.25
+    assert u.min() >= -1
+    assert u.max() < 1
+    moments = torch.stack([u.mean(), u.square().mean() - 1 / 3, (u[:, 1:] * u[:, :-1]).mean(), (u[1:] * u[:-1]).mean()])
+    assert (moments.abs() < 5 / math.sqrt(u.numel())).all(), moments  # five standard errors and more
+    alone = run("linf_start", backend, x[:3], 0.25, 0.0, 1.0, 7)
+    assert torch.equal((alone - 0.5) / 0.25, u[:3]), "a sample's draw depends on the samples beside it"
+    other = (run("linf_start", backend, x, 0.25, 0.0, 1.0, 8) - 0.5) / 0.25
+    assert (u * other).mean().abs() < 5 / math.sqrt(u.numel())
+
+
+def test_start_does_not_depend_on_the_number_of_threads():
+    x, threads = torch.rand(3, 3, 129, 131), torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(ops.linf_start(x, 0.1, 0.0, 1.0, 3))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.rand(2, 3), -0.1), "eps must be >= 0"),
+        ((torch.rand(2, 3).long(), 0.1), "floating dtype"),
+        ((torch.rand(2, 3), torch.ones(3)), r"eps must be a float or have shape \[2\]"),
+        ((torch.rand(2, 3), 0.1, 0.0, 1.0, -1), r"seed must be in \[0, 2\^63\); got -1"),
+    ],
+)
+def test_bad_starts_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ops.linf_start(*arguments)
+
+
 BAD = {
     "shapes": (lambda a, g, x: (a, g[:1], x, 0.1, 0.1), "one shape"),
     "scalar adv": (lambda a, g, x: (a[0, 0], g[0, 0], x[0, 0], 0.1, 0.1), "one shape"),

@@ -135,8 +135,8 @@ class PGD:
         """
         lo, hi = self._check_sizes()
         self._check_batch(x, y, lo, hi)
-        if x.shape[0] == 0:
-            none = torch.zeros(0, dtype=torch.bool, device=x.device)
+        if x.numel() == 0:
+            none = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
             self.info = AttackInfo(none, none, None, None, 0)
             return x.detach().clone()
         model = engine.unwrap(self.model)
@@ -203,10 +203,11 @@ class PGD:
             if best is not None and self.early_stop and best.all_fooled():
                 break
 
-        peak = torch.linalg.vector_norm(gradient, math.inf, dim=tuple(range(1, gradient.dim())))
+        elements = tuple(range(1, gradient.dim()))
+        highest, lowest = gradient.amax(elements), gradient.amin(elements)
         return (model_input(adv).detach() if best is None else best.image), AttackInfo(
-            zero_grad=peak == 0,
-            nan_grad=peak.isnan(),
+            zero_grad=(highest == 0) & (lowest == 0),
+            nan_grad=highest.isnan(),
             success=None if best is None else best.fooled,
             loss=None if best is None else best.loss,
             forwards=forwards,
@@ -214,22 +215,21 @@ class PGD:
 
     def _start(self, x: Tensor, lo: float, hi: float) -> Tensor:
         """The first image of a restart, a new tensor."""
-        adv, eps = x.clone(), per_sample(self.eps, x)
         if isinstance(self.init, Tensor):
-            adv.copy_(self.init)
+            adv = x.clone().copy_(self.init)
             return STEPS[self.norm](adv, adv, x, 0.0, self.eps, lo, hi)  # a step of length 0 is the projection
-        if self.init == "normal":
-            return adv.normal_(std=NORMAL_SCALE, generator=self.generator).add_(x)  # not clamped, as TRADES
         if self.init == "zero":
-            return adv
+            return x.clone()
+        if self.init == "normal":
+            return torch.empty_like(x).normal_(std=NORMAL_SCALE, generator=self.generator).add_(x)  # not clamped, as TRADES
         if self.norm == "linf":
-            adv.uniform_(-1.0, 1.0, generator=self.generator).mul_(eps)
-        else:  # a uniform direction and a uniform length
-            dims = tuple(range(1, x.dim()))
-            adv.normal_(generator=self.generator)
-            length = torch.empty_like(adv.sum(dims, keepdim=True)).uniform_(generator=self.generator)
-            adv.mul_(eps * length / torch.linalg.vector_norm(adv, int(self.norm[1]), dim=dims, keepdim=True))
-        return adv.add_(x).clamp_(lo, hi)
+            seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=self.generator)
+            return ops.linf_start(x, self.eps, lo, hi, int(seed))
+        # A uniform direction and a uniform length.
+        noise, dims = torch.empty_like(x).normal_(generator=self.generator), tuple(range(1, x.dim()))
+        size = torch.linalg.vector_norm(noise, int(self.norm[1]), dim=dims, keepdim=True)
+        length = torch.empty_like(size).uniform_(generator=self.generator) * per_sample(self.eps, x)
+        return noise.mul_(length / size).add_(x).clamp_(lo, hi)
 
     def _loss(
         self, logits: Tensor, y: Tensor | None, reference: Tensor | None, out: tuple[Tensor, Tensor] | None

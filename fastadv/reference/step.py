@@ -33,6 +33,16 @@ def rows(t: Tensor) -> Tensor:
     return t.reshape(t.shape[0], math.prod(t.shape[1:]))
 
 
+def dense_layout(t: Tensor) -> torch.memory_format:
+    """The dense layout of ``t``, samples outermost; where it has none, the one it is copied to."""
+    if not t.is_contiguous():
+        if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if t.dim() == 5 and t.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
 def linf_step(
     adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, lo: float = -math.inf, hi: float = math.inf
 ) -> Tensor:
@@ -42,6 +52,44 @@ def linf_step(
     direction = g.sign().nan_to_num_(0.0).to(a.dtype)
     moved = (a + alpha * direction).clamp(c - eps, c + eps)
     return moved.clamp(lo, hi).to(adv.dtype)
+
+
+def linf_start(x: Tensor, eps: Scalar, lo: float = -math.inf, hi: float = math.inf, seed: int = 0) -> Tensor:
+    """A uniform start in the linf ball: ``clamp(x + eps u, lo, hi)``, u in [-1, 1) by Philox.
+
+    Element e (in memory order) of sample i takes word ``e % 4`` of counter ``(e // 4, i)`` under the key ``seed``: what a
+    sample draws depends on the seed and its place in the batch, and on nothing else.
+    """
+    c = arithmetic(x)
+    samples, size = x.shape[0], math.prod(x.shape[1:])
+    counter = torch.arange((size + 3) // 4, device=x.device).expand(samples, -1)
+    sample = torch.arange(samples, device=x.device)[:, None].expand_as(counter)
+    words = torch.stack(philox(seed, counter & _WORD, counter >> 32, sample & _WORD, sample >> 32), -1)
+    u = ((words.flatten(1)[:, :size] >> 8) - 2**23).to(c.dtype) * 2.0**-23
+    if dense_layout(x) == torch.contiguous_format:
+        noise = u.reshape(x.shape)
+    else:  # channels last
+        noise = u.reshape(samples, *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    return (c + per_sample(eps, c) * noise).clamp(lo, hi).to(x.dtype)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def philox(key: int, *counter: Tensor) -> list[Tensor]:
+    """Philox-4x32-10 (Salmon et al., 2011): four 32-bit words, in int64, from a counter of four words and a 64-bit key."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _WORD, key >> 32 & _WORD
+
+    def high(a: int, b: Tensor) -> Tensor:  # of the 64-bit product, by halves: int64 has no room for the sign
+        return ((a >> 16) * b + ((a & 0xFFFF) * b >> 16)) >> 16
+
+    for _ in range(10):
+        p0, p1 = (0xD2511F53, c0), (0xCD9E8D57, c2)
+        c0, c2 = high(*p1) ^ c1 ^ k0, high(*p0) ^ c3 ^ k1
+        c1, c3 = p1[0] * p1[1] & _WORD, p0[0] * p0[1] & _WORD
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return [c0, c1, c2, c3]
 
 
 def l2_step(
