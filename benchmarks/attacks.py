@@ -38,7 +38,7 @@ def cases(quick: bool) -> list[Case]:
         attack_case(
             "preact-resnet18",
             models.preact_resnet18,
-            (4 if quick else 64, 3, 32, 32),
+            (2 if quick else 64, 3, 32, 32),
             8 / 255,
             {"handwritten, best": 1.0, "handwritten, .backward()": 1.35},
         ),
@@ -67,9 +67,7 @@ class AttackInputs:
         return copy.deepcopy(self.network)
 
 
-def attack_case(
-    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], eps: float, goals: dict[str, float]
-) -> Case:
+def attack_case(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], eps: float, goals: dict[str, float]) -> Case:
     def inputs(device: torch.device) -> AttackInputs:
         with torch.random.fork_rng():
             torch.manual_seed(0)

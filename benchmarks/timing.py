@@ -61,7 +61,7 @@ class Plan:
 
 
 FULL = Plan(block=0.02, budget=20.0, rounds=(5, 51))
-QUICK = Plan(block=0.001, budget=0.3, rounds=(2, 5))
+QUICK = Plan(block=0.001, budget=0.3, rounds=(1, 5))
 
 
 @dataclass

@@ -209,7 +209,7 @@ def l1_step_(
     eps: Scalar,
     lo: float = -math.inf,
     hi: float = math.inf,
-    fraction: float = 0.05,
+    fraction: float = 0.02,
 ) -> Tensor:
     """A sparse l1 step, in place, and the exact projection onto the l1 ball and the box together.
 
@@ -228,7 +228,7 @@ def l1_step(
     eps: Scalar,
     lo: float = -math.inf,
     hi: float = math.inf,
-    fraction: float = 0.05,
+    fraction: float = 0.02,
     *,
     out: Tensor | None = None,
 ) -> Tensor:

@@ -29,20 +29,20 @@ body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 66rem; color: var(-
 h1 { margin: 0; font-size: 1.9rem; line-height: 1.2 }
 h2 { margin: 2.2rem 0 0.6rem; font-size: 1.3rem; line-height: 1.3 }
 p { margin: 0.6rem 0; max-width: 46rem }
-.subtitle, caption, figcaption { color: var(--soft) }
+.subtitle, figcaption { color: var(--soft) }
 .note { padding: 0.6rem 0.9rem; border-radius: 0.4rem; background: var(--note) }
-.scroll { overflow-x: auto; margin: 0.9rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-caption { caption-side: bottom; padding-top: 0.4rem; text-align: left; font-size: 0.9rem }
 th, td { padding: 0.35rem 0.9rem 0.35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th:last-child, td:last-child { padding-right: 0 }
-.number { text-align: right }
+th.number, td.number { text-align: right; white-space: nowrap }
 figure { display: inline-block; vertical-align: top; margin: 0.9rem 1.5rem 0.9rem 0; max-width: 100% }
+figure.table { display: block; max-width: 46rem }
+.scroll { overflow-x: auto }
 figure svg { display: block; width: 100%; height: auto; fill: currentColor }
-figcaption { margin-top: 0.3rem; font-size: 0.9rem }
+figcaption { margin-top: 0.4rem; font-size: 0.9rem }
 """
 
-NUMBER = re.compile(r"[-+]?[\d.,]+ ?(%|s|ms|us|x)?")  # such cells are set flush right
+NUMBER = re.compile(r"[-+]?[\d.,]+( to [\d.,]+)? ?(%|s|ms|us|x)?")  # columns of such cells are set flush right
 
 
 class Report:
@@ -70,20 +70,22 @@ class Report:
         return self._add(f'<p class="note" role="note">{html.escape(text)}</p>')
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> Report:
-        """A table; cells are shown by ``str``, numbers flush right. A column's header is set like its first cell."""
-        numeric = [bool(rows) and _is_number(cell) for cell in (rows[0] if rows else headers)]
-        head = "".join(_cell("th", text, number) for text, number in zip(headers, numeric, strict=True))
-        body = "".join(f"<tr>{''.join(_cell('td', cell, _is_number(cell)) for cell in row)}</tr>\n" for row in rows)
-        title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-        table = f"<table>{title}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
-        return self._add(f'<div class="scroll">{table}</div>')
+        """A table with its caption below; cells are shown by ``str``, columns of numbers flush right. Headers may be []."""
+        cells = [[str(cell) for cell in row] for row in rows]
+        numeric = [all(map(NUMBER.fullmatch, column)) for column in zip(*cells, strict=True)] or [False] * len(headers)
+        head = f"<thead>{_row('th', headers, numeric)}</thead>\n" if headers else ""
+        body = "\n".join(_row("td", row, numeric) for row in cells)
+        return self._add(
+            f'<figure class="table"><div class="scroll"><table>\n{head}<tbody>\n{body}\n</tbody></table></div>'
+            f"{_caption(caption)}</figure>"
+        )
 
     def figure(self, fig: Figure, caption: str, alt: str) -> Report:
         """A matplotlib figure; ``alt`` says in words what it shows. Narrow neighbours stand side by side on a wide page."""
         self._figures += 1
         svg = _inline_svg(fig, alt, prefix=f"figure{self._figures}-")
         width = fig.get_figwidth() * 96  # CSS pixels to the inch
-        return self._add(f'<figure style="width: {width:.0f}px">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>')
+        return self._add(f'<figure style="width: {width:.0f}px">{svg}{_caption(caption)}</figure>')
 
     def html(self) -> str:
         return (
@@ -122,13 +124,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _is_number(cell: object) -> bool:
-    return NUMBER.fullmatch(str(cell)) is not None
+def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
+    css = [' class="number"' if number else "" for number in numeric]
+    return f"<tr>{''.join(f'<{tag}{c}>{html.escape(cell)}</{tag}>' for cell, c in zip(cells, css, strict=True))}</tr>"
 
 
-def _cell(tag: str, cell: object, number: bool) -> str:
-    css = ' class="number"' if number else ""
-    return f"<{tag}{css}>{html.escape(str(cell))}</{tag}>"
+def _caption(text: str) -> str:
+    return f"<figcaption>{html.escape(text)}</figcaption>" if text else ""
 
 
 def _inline_svg(fig: Figure, alt: str, prefix: str) -> str:

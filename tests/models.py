@@ -1,15 +1,29 @@
-"""What the tests attack: small models, well-behaved and not, and small batches of images for them."""
+"""What the tests attack: small models, well-behaved and not, small batches for them, and how to see a disturbance."""
 
 from __future__ import annotations
 
 import functools
+import pickle
+import random
+import sys
 from collections.abc import Callable
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SHAPE = (3, 8, 8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Images this small only lose by threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def batch(n: int = 6, classes: int = 10, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE):
@@ -59,7 +73,7 @@ def lenet() -> nn.Module:
 
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
-    """1700 shuffled 8x8 digits in [0, 1] and their labels: scikit-learn's, which mlxtend brings along, or made-up ones."""
+    """1700 shuffled 8x8 digits in [0, 1] with labels: scikit-learn's, which mlxtend brings along, or made-up ones."""
     g = torch.Generator().manual_seed(0)
     try:
         from sklearn.datasets import load_digits
@@ -130,3 +144,34 @@ def count_calls(model: nn.Module) -> list[Tensor]:
     calls: list[Tensor] = []
     model.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].detach().clone()))
     return calls
+
+
+def state(model: nn.Module, buffers: bool = True) -> tuple:
+    """Everything about a model that an attack could disturb, comparable."""
+    modules = [(name, m.training, getattr(m, "track_running_stats", None)) for name, m in model.named_modules()]
+    parameters = [
+        (name, id(p), p.data_ptr(), p._version, p.requires_grad, id(p.grad), p.detach().numpy().tobytes(),
+         p.grad is not None and (p.grad._version, p.grad.numpy().tobytes()))
+        for name, p in model.named_parameters()
+    ]  # fmt: skip
+    kept = [(name, id(b), b._version, b.numpy().tobytes()) for name, b in model.named_buffers()] if buffers else []
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+    return modules, parameters, kept, hooks
+
+
+def surroundings() -> tuple:
+    """The settings of the process and thread that an attack could leave changed."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_cache_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        pickle.dumps(np.random.get_state()),
+        sys.gettrace(),
+    )

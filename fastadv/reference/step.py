@@ -120,7 +120,7 @@ def l1_step(
     eps: Scalar,
     lo: float = -math.inf,
     hi: float = math.inf,
-    fraction: float = 0.05,
+    fraction: float = 0.02,
 ) -> Tensor:
     """A sparse step of l1 length alpha, then the exact projection onto the l1 ball and the box together.
 

@@ -1,0 +1,52 @@
+"""The documents are true: every Python block runs, links lead somewhere, the two commands are the real ones."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastadv
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_blocks_run_in_order(page, tmp_path):
+    """All blocks of a page are one program, as a reader pastes them."""
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(blocks(page, "python")))
+    done = subprocess.run([sys.executable, "-W", "error", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_has_the_two_commands():
+    commands = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    assert 'pip install -c constraints.txt -e ".[demo]" && fastadv demo' in commands
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest' in commands
+
+
+def test_every_public_name_is_documented():
+    for name in fastadv.__all__:
+        if not name.startswith("_"):
+            assert (getattr(fastadv, name).__doc__ or "").strip(), f"fastadv.{name} has no docstring"
+    for name in (*(f"{s}_" for s in fastadv.ops.STEPS), *fastadv.ops.STEPS, *fastadv.ops.STARTS, *fastadv.ops.LOSSES):
+        assert getattr(fastadv.ops, name).__doc__
+
+
+def test_the_changelog_knows_this_version():
+    assert f"## {fastadv.__version__}" in (ROOT / "CHANGELOG.md").read_text()
