@@ -41,6 +41,7 @@ def cases(quick: bool) -> list[Case]:
             (2 if quick else 64, 3, 32, 32),
             8 / 255,
             {"handwritten, best": 1.0, "handwritten, .backward()": 1.35},
+            rounds=3,
         ),
         attack_case(
             "linear",
@@ -67,7 +68,14 @@ class AttackInputs:
         return copy.deepcopy(self.network)
 
 
-def attack_case(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], eps: float, goals: dict[str, float]) -> Case:
+def attack_case(
+    name: str,
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    eps: float,
+    goals: dict[str, float],
+    rounds: int | None = None,
+) -> Case:
     def inputs(device: torch.device) -> AttackInputs:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -85,6 +93,7 @@ def attack_case(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...
         inputs=inputs,
         contenders=contenders,
         baseline="handwritten, best",
+        rounds=rounds,
         judge=_judge,
         goals=goals,
     )

@@ -45,6 +45,7 @@ class Case:
     contenders: dict[str, Callable[[Any], Contender]]  # from the inputs; raises UnavailableError
     baseline: str
     burst: int = 1  # units between two calls of prepare
+    rounds: int | None = None  # of a case that takes minutes: at least so many, in place of the plan's
     bytes: int | None = None  # what one unit has to move at the least
     bytes_of: dict[str, int] = field(default_factory=dict)  # the same, of contenders that do something else
     judge: Callable[[Any, Any], dict[str, float]] | None = None  # (inputs, result) -> what to know about the result
@@ -146,6 +147,7 @@ def measure(case: Case, plan: Plan, device: torch.device) -> dict[str, Result]:
         else:
             results[name] = Result(Samples(), facts, contender.yardstick)
     least, most = plan.rounds
+    least = least if case.rounds is None else min(least, case.rounds)
     rounds = min(most, max(least, int(plan.budget / max(1e-9, sum(b.seconds for b in blocks.values())))))
     names = list(blocks)
     with _no_garbage_collection():
