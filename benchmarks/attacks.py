@@ -95,6 +95,7 @@ def attack_case(
         baseline="handwritten, best",
         rounds=rounds,
         judge=_judge,
+        limits={"radius/eps": 1.0001},
         goals=goals,
     )
 

@@ -29,14 +29,12 @@ def l2_step_(adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float, lo:
     return adv.mul_(shrink.view(per_sample)).add_(x).clamp_(lo, hi)
 
 
-def l1_step_(
-    adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float, lo: float, hi: float, fraction: float = 0.05
-) -> Tensor:
+def l1_step_(adv: Tensor, grad: Tensor, x: Tensor, alpha: float, eps: float, lo: float, hi: float, fraction: float) -> Tensor:
     """The projection by bisection: some 30 passes over one buffer, where the reference sorts and gathers 2D corners."""
     a, g, c = adv.flatten(1), grad.flatten(1), x.flatten(1)
-    size = g.abs()
-    threshold = size.topk(max(1, int(fraction * g.shape[1])), dim=1).values[:, -1:]
-    movers = size.ge_(threshold)
+    pull = g.abs().masked_fill_(((a >= hi) & (g > 0)) | ((a <= lo) & (g < 0)), 0.0)  # not into a wall
+    threshold = pull.topk(max(1, int(fraction * g.shape[1])), dim=1).values[:, -1:]
+    movers = pull.ge_(threshold)
     movers.mul_(alpha / movers.sum(1, keepdim=True))
     u = a.sub_(c).addcmul_(g.sign(), movers)
     sign, room = u.sign(), torch.where(u < 0, c - lo, hi - c)

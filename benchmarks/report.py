@@ -105,7 +105,7 @@ def table(records: list[dict[str, Any]], clock: str) -> str:
 
 def _row(case: str, c: dict[str, Any], clock: str) -> list[str]:
     if "absent" in c:
-        return [case, c["name"], "-", c["absent"], "", "", "", "", "", ""]
+        return [case, c["name"], "-", "", "", "", "", "", "", c["absent"]]
     ratio = c.get("over fastadv")
     beaten = ratio is not None and ratio < 1 and not c["yardstick"] and not c["name"].startswith("fastadv")
     goal = c.get("goal")

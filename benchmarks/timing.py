@@ -49,6 +49,7 @@ class Case:
     bytes: int | None = None  # what one unit has to move at the least
     bytes_of: dict[str, int] = field(default_factory=dict)  # the same, of contenders that do something else
     judge: Callable[[Any, Any], dict[str, float]] | None = None  # (inputs, result) -> what to know about the result
+    limits: dict[str, float] = field(default_factory=dict)  # of what the judge says: beyond, the result is wrong
     goals: dict[str, float] = field(default_factory=dict)  # by contender: the least time over fastadv's
 
 
@@ -165,7 +166,13 @@ def _judge(case: Case, inputs: Any, contender: Contender) -> dict[str, float]:
     if contender.prepare is not None:
         contender.prepare()
     result = contender.run()
-    return {} if case.judge is None or contender.yardstick else case.judge(inputs, result)
+    if case.judge is None or contender.yardstick:
+        return {}
+    facts = case.judge(inputs, result)
+    for name, limit in case.limits.items():
+        if not facts[name] <= limit:
+            raise ArithmeticError(f"wrong result, so not timed: {name} is {facts[name]:.3g}")
+    return facts
 
 
 def _synchronize(device: torch.device) -> None:

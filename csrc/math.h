@@ -130,13 +130,18 @@ struct L2Step {
   }
 };
 
-// u = adv - x + step * sign(g) where |g| >= threshold: the sparse l1 step before its projection.
+// The sparse l1 step before its projection: u = adv - x + step * sign(g) where pull >= threshold. The pull is |g|, and 0
+// where the step would run into the wall that adv already touches: those elements would waste their share of the step.
 template <class T>
 struct L1Move {
-  T step, threshold;
+  T step, threshold, lo, hi;
+  FASTADV_FN T pull(T adv, T g) const {
+    const T ahead = step < T(0) ? -g : g;
+    const T up = adv < hi ? ahead : T(0), down = adv > lo ? -ahead : T(0);
+    return ahead > T(0) ? up : ahead < T(0) ? down : T(0);  // a NaN has none
+  }
   FASTADV_FN T operator()(T adv, T g, T x) const {
-    const T size = g < T(0) ? -g : g;
-    return (adv - x) + (size >= threshold ? step * sign(g) : T(0));  // a NaN compares false
+    return (adv - x) + (pull(adv, g) >= threshold ? step * sign(g) : T(0));
   }
 };
 

@@ -21,7 +21,7 @@ constexpr int kBlocksPerRow = 4096;  // enough to fill any GPU; larger rows are 
 constexpr int kMaxGridRows = 65535;
 
 template <class S, int kCount>
-struct alignas(sizeof(S) * kCount) Pack {
+struct alignas(sizeof(S) * kCount > 16 ? 16 : sizeof(S) * kCount) Pack {
   S v[kCount];
 };
 
@@ -90,7 +90,7 @@ void linf_step_typed(const StepArgs& args, cudaStream_t stream) {
   if (rows == 0 || row_size == 0) return;
   constexpr int kPack = 16 / sizeof(S);
   const bool vectorised = row_size % kPack == 0 && aligned(args.out, 16) && aligned(args.adv, 16) && aligned(args.x, 16) &&
-                          aligned(args.grad, sizeof(G) * kPack);
+                          aligned(args.grad, alignof(Pack<G, kPack>));
   if (vectorised)
     launch_linf<S, G, kPack>(args, rows, row_size, stream);
   else
@@ -107,7 +107,9 @@ void linf_step_cuda(const StepArgs& args, void* stream_) {
   else if (s == DType::f32 && g == DType::f16) linf_step_typed<float, f16>(args, stream);
   else if (s == DType::f64 && g == DType::f64) linf_step_typed<double, double>(args, stream);
   else if (s == DType::bf16 && g == DType::bf16) linf_step_typed<bf16, bf16>(args, stream);
+  else if (s == DType::bf16 && g == DType::f32) linf_step_typed<bf16, float>(args, stream);
   else if (s == DType::f16 && g == DType::f16) linf_step_typed<f16, f16>(args, stream);
+  else if (s == DType::f16 && g == DType::f32) linf_step_typed<f16, float>(args, stream);
   else throw std::invalid_argument("step: unsupported pair of storage types");
   check_launch("linf_step");
 }

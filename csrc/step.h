@@ -8,7 +8,7 @@ namespace fastadv {
 struct StepArgs {
   void* out;         // [samples, size] of dtype; may be adv itself
   const void* adv;   // [samples, size] of dtype
-  const void* grad;  // [samples, size] of grad_dtype: dtype itself, or a half format beside fp32
+  const void* grad;  // [samples, size] of grad_dtype: dtype itself, a half format beside fp32, or fp32 beside a half format
   const void* x;     // [samples, size] of dtype
   int64_t samples, size;
   DType dtype, grad_dtype;

@@ -27,7 +27,9 @@ void dispatch(const StepArgs& args, const F& f) {
   if (s == DType::f32 && g == DType::f16) return f(float(), f16());
   if (s == DType::f64 && g == DType::f64) return f(double(), double());
   if (s == DType::bf16 && g == DType::bf16) return f(bf16(), bf16());
+  if (s == DType::bf16 && g == DType::f32) return f(bf16(), float());
   if (s == DType::f16 && g == DType::f16) return f(f16(), f16());
+  if (s == DType::f16 && g == DType::f32) return f(f16(), float());
   throw std::invalid_argument("step: unsupported pair of storage types");
 }
 
@@ -99,14 +101,10 @@ FASTADV_MULTIVERSION void l2_sums(Piece<S, G> p, L2Sums& sums) {
   sums = {dd, dg, gg};
 }
 
-template <class G, class T>
-FASTADV_MULTIVERSION void magnitudes(const G* grad, T* out, int64_t size) {
+template <class S, class G, class T>
+FASTADV_MULTIVERSION void l1_pulls(Piece<S, G> p, L1Move<T> move, T* pull) {
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    const T g = T(load(grad[i]));
-    const T m = g < T(0) ? -g : g;
-    out[i] = m == m ? m : T(0);
-  }
+  for (int64_t i = 0; i < p.size; ++i) pull[i] = move.pull(load(p.adv[i]), T(load(p.grad[i])));
 }
 
 template <class T>
@@ -234,18 +232,19 @@ void l1_step_cpu(const StepArgs& args, double fraction, int threads) {
     const int64_t size = args.size;
     const int64_t moved = std::min(size, std::max(int64_t(1), int64_t(fraction * double(size))));
     parallel_chunks(args.samples, rows_per_chunk(size), threads, [&](int64_t begin, int64_t end) {
-      std::vector<T> magnitude(size), selected(size), u(size);
+      std::vector<T> pull(size), selected(size), u(size);
+      const T lo = T(args.lo), hi = T(args.hi);
       for (int64_t i = begin; i < end && size > 0; ++i) {
         const Piece<S, decltype(g)> piece(args, i * size, size);
-        magnitudes(piece.grad, magnitude.data(), size);
-        selected = magnitude;
+        L1Move<T> move{T(args.alpha_of(i)), T(0), lo, hi};
+        l1_pulls(piece, move, pull.data());
+        selected = pull;
         std::nth_element(selected.begin(), selected.begin() + (moved - 1), selected.end(), std::greater<T>());
-        const T threshold = selected[moved - 1];
-        // Ties may select more than `moved`; zeros have no sign and do not move.
-        const int64_t movers = count_at_least(magnitude.data(), larger(threshold, std::numeric_limits<T>::denorm_min()), size);
-        const T step = movers ? T(args.alpha_of(i) / double(movers)) : T(0);
-        l1_move(piece, L1Move<T>{step, threshold}, u.data());
-        const T lo = T(args.lo), hi = T(args.hi);
+        // Ties may select more than `moved`; elements without any pull are never among them.
+        move.threshold = larger(selected[moved - 1], std::numeric_limits<T>::denorm_min());
+        const int64_t movers = count_at_least(pull.data(), move.threshold, size);
+        move.step = movers ? T(args.alpha_of(i) / double(movers)) : T(0);
+        l1_move(piece, move, u.data());
         const T shrink = l1_shrink(u.data(), piece.x, size, args.eps_of(i), lo, hi);
         l1_project(u.data(), piece.x, piece.out, size, L1Project<T>{shrink, lo, hi});
       }

@@ -320,9 +320,10 @@ def experiment(findings: Findings, quick: bool, weights: Path) -> None:
     start = time.perf_counter()
     seed = findings.seed
     try:
+        print("loading 5,000 digits", flush=True)
         digits = load_digits(seed)
         if quick:
-            digits = Digits(digits.x_train[:200], digits.y_train[:200], digits.x_test[:20], digits.y_test[:20])
+            digits = Digits(digits.x_train[:100], digits.y_train[:100], digits.x_test[:10], digits.y_test[:10])
         findings.test_digits = len(digits.y_test)
         standard = findings.networks["standard"] = Network(small_cnn(seed))
         train_standard(standard.model, digits, 2 if quick else 10, seed, standard.history)
@@ -486,7 +487,7 @@ def digits_figure(examples: dict[str, Examples]) -> Figure:
         axis.spines[:].set_visible(False)
     axes[0, 0].set_ylabel("clean")
     for column, truth in enumerate(first.y):
-        axes[0, column].imshow(first.x[column, 0], cmap="gray", vmin=0, vmax=1)
+        axes[0, column].imshow(first.x[column, 0].numpy(), cmap="gray", vmin=0, vmax=1)
         for line, (name, e) in enumerate(examples.items()):
             reading = int(e.clean_reading[column])
             label(axes[0, column], f"{name} {reading}", wrong=reading != truth, line=line)
@@ -496,9 +497,9 @@ def digits_figure(examples: dict[str, Examples]) -> Figure:
         added[0].set_ylabel("added")
         for column, truth in enumerate(e.y):
             reading = int(e.attacked_reading[column])
-            attacked[column].imshow(e.x_adv[column, 0], cmap="gray", vmin=0, vmax=1)
+            attacked[column].imshow(e.x_adv[column, 0].numpy(), cmap="gray", vmin=0, vmax=1)
             label(attacked[column], f"{name} {reading}", wrong=reading != truth)
-            added[column].imshow((e.x_adv - e.x)[column, 0], cmap="PuOr_r", vmin=-EPS, vmax=EPS)
+            added[column].imshow((e.x_adv - e.x)[column, 0].numpy(), cmap="PuOr_r", vmin=-EPS, vmax=EPS)
     return figure
 
 

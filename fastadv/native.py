@@ -54,6 +54,11 @@ def missing(op: str, device_type: str) -> str:
 # In the order of DType in csrc/dtype.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+# (image, gradient) types that the step kernels read as they are; other gradients are converted to the arithmetic type first.
+_STEP_DTYPES = {(t, t) for t in _DTYPES} | {
+    pair for half in (torch.bfloat16, torch.float16) for pair in ((torch.float32, half), (half, torch.float32))
+}
+
 
 # --------------------------------------------------------------------------------------------------------- step family
 
@@ -90,9 +95,8 @@ def _step(
     hi: float,
     *extra: float,
 ) -> None:
-    # The kernels read a gradient of another type only where that saves a pass: halves beside fp32.
-    if grad.dtype != adv.dtype and not (adv.dtype == torch.float32 and grad.dtype in (torch.bfloat16, torch.float16)):
-        grad = grad.to(adv.dtype)
+    if (adv.dtype, grad.dtype) not in _STEP_DTYPES:
+        grad = grad.to(torch.promote_types(adv.dtype, torch.float32))
     # Kernels see flat memory. A tensor that is not laid out like adv is copied once; the others are used as they are.
     layout = dense_layout(adv)
     adv, grad, x = (t.contiguous(memory_format=layout) for t in (adv, grad, x))

@@ -4,7 +4,7 @@ Backends, by device: "cuda" (C++ kernels) then "triton" on GPUs; "cpp" on CPU; "
 first that can run an op is used; ``use_backend`` or the environment variable ``FASTADV_BACKEND`` asks for one by name, and
 then nothing else is tried. This is the only file that knows all backends.
 
-Called eagerly, an op goes straight to its kernel: about 2 us. Under torch.compile, or where a gradient is recorded, it goes
+Called eagerly, an op goes straight to its kernel. Under torch.compile, or where a gradient is recorded, it goes
 through ``torch.ops.fastadv``, which has the schema, the shape function and the autograd formula.
 """
 
@@ -214,8 +214,8 @@ def l1_step_(
     """A sparse l1 step, in place, and the exact projection onto the l1 ball and the box together.
 
     Arguments and errors as :func:`linf_step_`; ``alpha`` and ``eps`` are l1 lengths of a whole sample. The step moves the
-    ``fraction`` in (0, 1] of a sample's elements with the largest ``|grad|``, at least one, by equal amounts (Croce and
-    Hein, "Mind the box", 2021).
+    ``fraction`` in (0, 1] of a sample's elements with the largest ``|grad|``, at least one, by equal amounts; elements at
+    a wall that they would run into are passed over (Croce and Hein, "Mind the box", 2021).
     """
     return _step_in_place("l1_step", adv, grad, x, alpha, eps, lo, hi, fraction)
 

@@ -23,8 +23,10 @@ STEP_DTYPES = [
     (torch.float16, torch.float16),
     (torch.float32, torch.bfloat16),  # a model run in bf16 on an fp32 image: read by the kernel as it is
     (torch.float32, torch.float16),
-    (torch.float64, torch.float32),  # converted once
     (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float32),  # converted once
+    (torch.bfloat16, torch.float16),
 ]
 
 SHAPES = {

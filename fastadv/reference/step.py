@@ -125,17 +125,19 @@ def l1_step(
     """A sparse step of l1 length alpha, then the exact projection onto the l1 ball and the box together.
 
     The step moves the ``fraction`` of coordinates with the largest ``|grad|`` (at least one, ties included) equally, by
-    their sign. Projecting onto ball and box together, not one after the other, is what makes l1 attacks work (Croce and
+    their sign; coordinates at a wall that the step would run into are passed over. Projecting onto ball and box together, not one after the other, is what makes l1 attacks work (Croce and
     Hein, "Mind the box", 2021).
     """
     a, g, c = rows(arithmetic(adv)), rows(arithmetic(grad)).to(arithmetic(adv).dtype), rows(arithmetic(x))
     if a.numel() == 0:
         return adv.clone()
     alpha, eps = per_sample(alpha, a), per_sample(eps, a)
-    g = g.nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)
+    ahead = g * torch.as_tensor(alpha).sign()
+    blocked = ((a >= hi) & (ahead > 0)) | ((a <= lo) & (ahead < 0)) | g.isnan()
+    pull = g.abs().masked_fill(blocked, 0.0)
     moved = min(g.shape[1], max(1, int(fraction * g.shape[1])))
-    threshold = g.abs().topk(moved, dim=1).values[:, -1:]
-    direction = torch.where(g.abs() >= threshold, g.sign(), torch.zeros_like(g))
+    threshold = pull.topk(moved, dim=1).values[:, -1:]
+    direction = torch.where((pull >= threshold) & (pull > 0), g.sign(), torch.zeros_like(g))
     u = a - c + alpha * direction / direction.abs().sum(1, keepdim=True).clamp(min=1.0)
     return (c + project_l1_box(u, eps, lo - c, hi - c)).clamp(lo, hi).to(adv.dtype).reshape(adv.shape)
 
