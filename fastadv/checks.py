@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def one_of(name: str, value: Any, known: Collection[str]) -> None:
 
 
 def positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
 
 
@@ -31,7 +32,7 @@ def non_negative(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool or not bool(((value >= 0) & value.isfinite()).all()):
             raise ValueError(f"{name} must be finite and >= 0 for every sample; got {value}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not (value >= 0 and math.isfinite(value)):
+    elif isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0 or a tensor of them; got {value!r}")
 
 
@@ -76,6 +77,8 @@ def images(x: Any, lo: float, hi: float) -> None:
             f"{max(lo - smallest, largest - hi):.3g} outside. Pass the bounds of your data, or put the "
             "normalisation inside the model (fastadv.Normalize)"
         )
+    if not math.isfinite(largest - smallest):
+        raise ValueError(f"x must be finite; its values span ({smallest:g}, {largest:g})")
 
 
 def same_device(name: str, model: Any, x: Tensor) -> None:

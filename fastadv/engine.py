@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 Model = Callable[..., Any]
 
@@ -29,40 +30,57 @@ def attacking(model: Model, bn: str = "eval") -> Iterator[None]:
 
     - "eval": every submodule is in eval mode.
     - "batch": batch normalisation uses the statistics of the batch and leaves its running ones alone.
-    - "train": batch normalisation uses the statistics of the batch and updates its running ones.
+    - "train": batch normalisation uses the statistics of the batch and updates its running ones; after an exception they
+      are as before.
 
     "batch" and "train" leave other modules (dropout) as the caller has them, and batch normalisation that the caller
     froze, in eval mode inside a model in train mode, stays frozen. A model that is not an nn.Module is run as it is.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    parameters = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad and p.is_leaf]
-    modes = [(m, m.training) for m in modules]
-    norms = [m for m in modules if isinstance(m, _NormBase)]
-    tracking = [(m, m.track_running_stats) for m in norms]
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            if bn == "eval":
-                for m, training in modes:
-                    if training:
-                        m.training = False
-            else:
-                whole_model_trains = getattr(model, "training", False)
+    with contextlib.ExitStack() as restore:
+        restore.enter_context(torch.inference_mode(False))
+        restore.enter_context(torch.enable_grad())
+        for parameter in [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad and p.is_leaf]:
+            parameter.requires_grad_(False)
+            restore.callback(parameter.requires_grad_, True)
+        if bn == "eval":
+            for m in modules:
+                _assign(restore, m, training=False)
+        else:
+            norms = [m for m in modules if isinstance(m, _NormBase)]
+            if not getattr(model, "training", False):  # else what is in eval mode was frozen
                 for m in norms:
-                    if not whole_model_trains:
-                        m.training = True
-                    if bn == "batch" and m.training:
-                        m.track_running_stats = False
-            for p in parameters:
-                p.requires_grad_(False)
-            yield
-        finally:
-            for m, training in modes:
-                if m.training != training:
-                    m.training = training
-            for m, tracks in tracking:
-                m.track_running_stats = tracks
-            for p in parameters:
-                p.requires_grad_(True)
+                    _assign(restore, m, training=True)
+            for m in norms:
+                if bn == "train":
+                    restore.push(_rollback(m))
+                elif m.training:
+                    _assign(restore, m, track_running_stats=False)
+                    if isinstance(m, _InstanceNorm):  # which updates its running statistics whatever that flag says
+                        _assign(restore, m, running_mean=None, running_var=None)
+        yield
+
+
+def _assign(restore: contextlib.ExitStack, module: nn.Module, **values: Any) -> None:
+    """Sets attributes of a module until ``restore`` unwinds."""
+    for name, value in values.items():
+        before = getattr(module, name)
+        if before is not value:
+            setattr(module, name, value)
+            restore.callback(setattr, module, name, before)
+
+
+def _rollback(module: nn.Module) -> Callable[..., None]:
+    """An exit that gives the module's buffers their present values back, if there was an exception."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+
+    def on_exit(kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None:
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
+
+    return on_exit
 
 
 def input_gradient(logits: Tensor, inputs: Tensor, dlogits: Tensor) -> Tensor:
@@ -80,9 +98,9 @@ def input_gradient(logits: Tensor, inputs: Tensor, dlogits: Tensor) -> Tensor:
 def round_towards(x: Tensor, adv: Tensor, limit: float | Tensor) -> Tensor:
     """``adv`` in the (lower) precision of ``x``, no element farther from x than it was, nor farther than ``limit``.
 
-    Rounding to nearest would leave the ball: by up to 6% of eps = 8/255 in bf16.
+    Rounding to nearest would leave the ball: by up to 6% of eps = 8/255 in bf16. ``limit`` is a float or a float64 tensor
+    that broadcasts.
     """
     rounded, centre = adv.to(x.dtype), x.double()
-    allowed = torch.minimum((adv.double() - centre).abs(), torch.as_tensor(limit, dtype=torch.float64, device=x.device))
-    too_far = (rounded.double() - centre).abs() > allowed
+    too_far = (rounded.double() - centre).abs() > (adv.double() - centre).abs().clamp(max=limit)
     return torch.where(too_far, torch.nextafter(rounded, x), rounded)

@@ -248,7 +248,5 @@ def test_rounding_at_the_bounds_is_accepted(values, bounds, accepted):
 
 def test_numbers_of_numpy_are_numbers():
     """What configuration files and sweeps produce."""
-    attack = fastadv.PGD(
-        linear(), np.float32(0.1), np.float64(0.01), np.int64(3), init="zero", bounds=np.array([0.0, 1.0])
-    )
+    attack = fastadv.PGD(linear(), np.float32(0.1), np.float64(0.01), np.int64(3), init="zero", bounds=np.array([0.0, 1.0]))
     torch.testing.assert_close(attack(X, Y), fastadv.pgd(linear(), X, Y, 0.1, 0.01, 3, init="zero"))

@@ -128,13 +128,16 @@ def test_also_when_the_model_raises_at_any_call(bn, k, error):
 @pytest.mark.parametrize("prepare", [eval_mode, train_mode, frozen_norm])
 @pytest.mark.parametrize("bn", BN)
 def test_modes_during_the_attack(bn, prepare):
-    """Modes decide three things: the statistics, whether the running ones move, and dropout."""
+    """Modes decide three things: the statistics, whether the running ones move, and dropout. Weights are constants."""
     net = cnn()
     prepare(net)
     seen = []
-    net[8].register_forward_pre_hook(
-        lambda *_: seen.append((net[1].training, net[3].training, net[5].training, net[1].track_running_stats))
-    )
+
+    def look(*_):
+        assert not any(p.requires_grad for p in net.parameters())
+        seen.append((net[1].training, net[3].training, net[5].training, net[1].track_running_stats))
+
+    net[8].register_forward_pre_hook(look)
     x, y = batch()
     fastadv.pgd(net, x, y, 0.03, steps=2, bn=bn)
     dropout, frozen = net.training and bn != "eval", prepare is frozen_norm
@@ -187,10 +190,11 @@ def test_a_refused_call_moves_no_running_statistics():
     """The logits are checked after a forward pass, which under bn="train" has already counted its batch."""
     x, _ = batch()
     net = cnn()
-    before = state(net)
+    before, buffers = state(net, buffers=False), {name: b.clone() for name, b in net.named_buffers()}
     with pytest.raises(ValueError, match=r"labels in \[0, 10\)"):
         fastadv.pgd(net, x, torch.full((6,), 10), 0.03, bn="train")
-    assert state(net) == before
+    assert state(net, buffers=False) == before
+    assert all(torch.equal(b, buffers[name]) for name, b in net.named_buffers())  # rolled back, so their versions moved
 
 
 def test_sizes_may_be_reassigned():

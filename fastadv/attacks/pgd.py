@@ -62,8 +62,9 @@ class PGD:
         alpha: step size in the same units, float or [N]; None: ``2.5 * eps / steps`` (Madry et al.).
         steps: gradient steps, >= 1. Each is one forward and one input gradient.
         norm: "linf", "l2" or "l1".
-        loss: what is maximised. "ce" (in its attack form, which cannot saturate), "margin" (Carlini-Wagner), "dlr";
-            "kl" or "se" from the clean prediction (TRADES, SCORE; needs no y); or a callable ``(logits, y) -> [N]``.
+        loss: what is maximised. "ce" (in its attack form, which cannot saturate), "margin" (Carlini-Wagner), "dlr"
+            (``targeted``: from the clean prediction to y); "kl" or "se" from the clean prediction (TRADES, SCORE; needs
+            no y); or a callable ``(logits, y) -> [N]``.
         init: "uniform" in the ball, "normal" (``x + 0.001 N(0,1)``), "zero", or a tensor like x to start from, projected.
         bn: where batch statistics come from during the attack: "eval", "batch" or "train" (:func:`fastadv.engine.attacking`).
         restarts: independent starts; the best image of each sample is returned (one more forward a restart).
@@ -108,10 +109,13 @@ class PGD:
             checks.one_of("loss", loss, [*LABEL_LOSSES, *DIVERGENCES])
         if not isinstance(init, Tensor):
             checks.one_of("init", init, INITS)
-        if loss in DIVERGENCES and isinstance(init, str) and init == "zero":
-            raise ValueError(f"init='zero' starts loss={loss!r} at its minimum, where its gradient is zero; use 'normal'")
-        if loss in DIVERGENCES and targeted:
-            raise ValueError(f"targeted needs a loss with labels; loss={loss!r} has none")
+        if generator is not None and not isinstance(getattr(generator, "device", None), torch.device):
+            raise ValueError(f"generator must be a torch.Generator or None; got {type(generator).__name__}")
+        if isinstance(loss, str) and loss in DIVERGENCES:
+            if isinstance(init, str) and init == "zero":
+                raise ValueError(f"init='zero' starts loss={loss!r} at its minimum, where its gradient is zero; use 'normal'")
+            if targeted:
+                raise ValueError(f"targeted needs a loss with labels; loss={loss!r} has none")
         self.model, self.eps, self.alpha, self.steps, self.norm, self.loss = model, eps, alpha, steps, norm, loss
         self.init, self.bn, self.restarts, self.targeted, self.bounds = init, bn, restarts, targeted, bounds
         self.keep_best, self.early_stop, self.generator = keep_best, early_stop, generator
@@ -136,8 +140,7 @@ class PGD:
         lo, hi = self._check_sizes()
         self._check_batch(x, y, lo, hi)
         if x.numel() == 0:
-            none = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
-            self.info = AttackInfo(none, none, None, None, 0)
+            self.info = AttackInfo(*_zero_and_nan(None, x), None, None, 0)
             return x.detach().clone()
         model = engine.unwrap(self.model)
         with engine.attacking(model, self.bn):
@@ -151,11 +154,14 @@ class PGD:
     def _attack(self, model: engine.Model, x: Tensor, y: Tensor | None, lo: float, hi: float) -> tuple[Tensor, AttackInfo]:
         # The image is kept in fp32 (or wider) whatever precision x and the model have: sums of small steps need it.
         centre = x.to(torch.promote_types(x.dtype, torch.float32))
+        farthest = per_sample(self.eps, x, torch.float64) if self.norm == "linf" else math.inf
         if y is not None and y.is_inference():
             y = y.clone()  # an inference tensor cannot be saved for a custom loss's backward
         alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
-        track = self.keep_best or self.early_stop
-        best = _Best() if track or self.restarts > 1 else None
+        towards = -1 if self.targeted else 1  # the score is what the attack ascends: the loss, or minus it
+        every_iterate = self.keep_best or self.early_stop
+        best = _Best() if every_iterate or self.restarts > 1 else None
+        buffers: tuple[Tensor, Tensor] | None = None
         forwards = 0
 
         def forward(inputs: Tensor) -> Tensor:
@@ -166,70 +172,67 @@ class PGD:
             forwards += 1
             return logits  # type: ignore[no-any-return]
 
-        def model_input(adv: Tensor) -> Tensor:
-            if adv.dtype == x.dtype:
-                return adv
-            return engine.round_towards(x, adv, per_sample(self.eps, adv) if self.norm == "linf" else math.inf)
+        def evaluate(adv: Tensor, candidate: bool) -> tuple[Tensor, Tensor, Tensor]:
+            """The model's input, its logits and their gradient; a candidate may become the best image."""
+            nonlocal buffers
+            inputs = adv if adv.dtype == x.dtype else engine.round_towards(x, adv, farthest)
+            logits = forward(inputs.requires_grad_())
+            loss, dlogits = buffers = self._loss(logits.detach(), y, reference, buffers)
+            if best is not None and candidate:
+                best.update(inputs.detach(), towards * loss, self._fooled(logits, label))
+            return inputs, logits, dlogits
 
-        reference = None
-        if self._is_divergence or (best is not None and y is None):
+        reference = None  # clean logits, where something is measured from them
+        if self._is_divergence or (self.loss == "dlr" and self.targeted) or (best is not None and y is None):
             with torch.no_grad():
                 reference = forward(x)
         label = _hard_labels(reference if y is None else y)
-        step_, gradient, buffers = STEPS[self.norm], x, None
+        step_, gradient = STEPS[self.norm], None
 
         for _ in range(self.restarts):
-            adv, moving = self._start(centre, lo, hi), alpha
+            adv, moving = self._start(centre, lo, hi, may_be_returned=every_iterate), alpha
             for _ in range(self.steps):
-                inputs = model_input(adv).requires_grad_()
-                logits = forward(inputs)
-                loss, dlogits = buffers = self._loss(logits.detach(), y, reference, buffers)
-                if best is not None and track:
-                    best.update(inputs.detach(), loss, self._fooled(logits, label))
-                    if self.early_stop:
-                        if best.all_fooled():
-                            break
-                        moving = torch.where(best.fooled, 0.0, torch.as_tensor(alpha, dtype=torch.float64, device=x.device))
+                inputs, logits, dlogits = evaluate(adv, candidate=every_iterate)
+                if best is not None and self.early_stop:
+                    if best.all_fooled():
+                        break
+                    moving = torch.where(best.fooled, 0.0, torch.as_tensor(alpha, dtype=torch.float64, device=x.device))
                 gradient = engine.input_gradient(logits, inputs, dlogits)
                 with torch.no_grad():
-                    step_(adv, gradient, centre, -moving if self.targeted else moving, self.eps, lo, hi)
+                    step_(adv, gradient, centre, towards * moving, self.eps, lo, hi)
             else:
                 if best is not None:
                     with torch.no_grad():
-                        inputs = model_input(adv)
-                        logits = forward(inputs)
-                        loss, _ = self._loss(logits, y, reference, buffers)
-                        best.update(inputs.detach(), loss, self._fooled(logits, label))
+                        evaluate(adv, candidate=True)
             if best is not None and self.early_stop and best.all_fooled():
                 break
 
-        elements = tuple(range(1, gradient.dim()))
-        highest, lowest = gradient.amax(elements), gradient.amin(elements)
-        return (model_input(adv).detach() if best is None else best.image), AttackInfo(
-            zero_grad=(highest == 0) & (lowest == 0),
-            nan_grad=highest.isnan(),
-            success=None if best is None else best.fooled,
-            loss=None if best is None else best.loss,
-            forwards=forwards,
-        )
+        zero, nan = _zero_and_nan(gradient, x)
+        if best is not None:
+            return best.image, AttackInfo(zero, nan, best.fooled, towards * best.score, forwards)
+        adv = adv.detach()
+        x_adv = adv if adv.dtype == x.dtype else engine.round_towards(x, adv, farthest)
+        return x_adv, AttackInfo(zero, nan, None, None, forwards)
 
-    def _start(self, x: Tensor, lo: float, hi: float) -> Tensor:
-        """The first image of a restart, a new tensor."""
-        if isinstance(self.init, Tensor):
-            adv = x.clone().copy_(self.init)
-            return STEPS[self.norm](adv, adv, x, 0.0, self.eps, lo, hi)  # a step of length 0 is the projection
+    def _start(self, x: Tensor, lo: float, hi: float, may_be_returned: bool) -> Tensor:
+        """The first image of a restart, a new tensor, in ball and box; but "normal" only if it may be returned, as TRADES."""
         if self.init == "zero":
             return x.clone()
-        if self.init == "normal":
-            return torch.empty_like(x).normal_(std=NORMAL_SCALE, generator=self.generator).add_(x)  # not clamped, as TRADES
-        if self.norm == "linf":
+        if isinstance(self.init, Tensor):
+            adv = x.clone().copy_(self.init.detach())
+        elif self.init == "normal":
+            adv = torch.empty_like(x).normal_(std=NORMAL_SCALE, generator=self.generator).add_(x)
+            if not may_be_returned:
+                return adv
+        elif self.norm == "linf":
             seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=self.generator)
             return ops.linf_start(x, self.eps, lo, hi, int(seed))
-        # A uniform direction and a uniform length.
-        noise, dims = torch.empty_like(x).normal_(generator=self.generator), tuple(range(1, x.dim()))
-        size = torch.linalg.vector_norm(noise, int(self.norm[1]), dim=dims, keepdim=True)
-        length = torch.empty_like(size).uniform_(generator=self.generator) * per_sample(self.eps, x)
-        return noise.mul_(length / size).add_(x).clamp_(lo, hi)
+        else:  # a uniform direction and a uniform length
+            noise, dims = torch.empty_like(x).normal_(generator=self.generator), tuple(range(1, x.dim()))
+            size = torch.linalg.vector_norm(noise, int(self.norm[1]), dim=dims, keepdim=True)
+            length = torch.empty_like(size).uniform_(generator=self.generator) * per_sample(self.eps, x)
+            return noise.mul_(length / size).add_(x).clamp_(lo, hi)
+        return STEPS[self.norm](adv, adv, x, 0.0, self.eps, lo, hi)  # a step of length 0 is the projection
 
     def _loss(
         self, logits: Tensor, y: Tensor | None, reference: Tensor | None, out: tuple[Tensor, Tensor] | None
@@ -241,6 +244,11 @@ class PGD:
             assert reference is not None
             return DIVERGENCES[self.loss](reference, logits, out=out)
         assert y is not None
+        if self.loss == "dlr" and self.targeted:
+            assert reference is not None
+            # From the clean prediction to the target; the attack descends, and this rises on the way.
+            loss, dlogits = ops.dlr_targeted(logits, reference.argmax(1), y, out=out)
+            return loss.neg_(), dlogits.neg_()
         if y.is_floating_point():
             return ops.ce(logits, y, out=out)
         return LABEL_LOSSES[self.loss](logits, y, out=out)
@@ -283,25 +291,34 @@ class PGD:
 
 
 class _Best:
-    """The best image of each sample so far: a fooling one before any other, then the higher loss; of equals the later."""
+    """The best image of each sample so far: a fooling one before any other, then the higher score; of equals the later."""
 
     image: Tensor  # [N, ...]
-    loss: Tensor  # [N]
+    score: Tensor  # [N]
     fooled: Tensor  # bool [N]
     empty = True
 
-    def update(self, image: Tensor, loss: Tensor, fooled: Tensor) -> None:
-        loss = loss.detach()
+    def update(self, image: Tensor, score: Tensor, fooled: Tensor) -> None:
         if self.empty:
-            self.image, self.loss, self.fooled, self.empty = image.clone(), loss.clone(), fooled, False
+            self.image, self.score, self.fooled, self.empty = image.clone(), score.clone(), fooled, False
             return
-        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (loss >= self.loss))
+        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (score >= self.score))
         torch.where(better.view(-1, *[1] * (image.dim() - 1)), image, self.image, out=self.image)
-        torch.where(better, loss, self.loss, out=self.loss)
+        torch.where(better, score, self.score, out=self.score)
         self.fooled = self.fooled | fooled
 
     def all_fooled(self) -> bool:
         return bool(self.fooled.all())
+
+
+def _zero_and_nan(gradient: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per sample: whether the gradient is zero everywhere, and whether it holds a NaN; neither where none was needed."""
+    if gradient is None:
+        neither = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+        return neither, neither
+    elements = tuple(range(1, gradient.dim()))
+    highest, lowest = gradient.amax(elements), gradient.amin(elements)
+    return (highest == 0) & (lowest == 0), highest.isnan()
 
 
 def _hard_labels(y: Tensor | None) -> Tensor | None:
@@ -316,7 +333,9 @@ def _custom_loss(loss: CustomLoss, logits: Tensor, y: Tensor | None) -> tuple[Te
         if not isinstance(value, Tensor) or value.shape != z.shape[:1] or not value.requires_grad:
             got = checks.describe(value) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"loss(logits, y) must return per-sample losses [{z.shape[0]}] that depend on logits; got {got}")
-        (dlogits,) = torch.autograd.grad(value.sum(), z)
+        (dlogits,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+        if dlogits is None:
+            raise ValueError("loss(logits, y) must depend on logits; its gradient does not reach them")
     return value.detach(), dlogits
 
 

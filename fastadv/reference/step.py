@@ -21,10 +21,10 @@ def arithmetic(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def per_sample(value: Scalar, like: Tensor) -> Scalar:
-    """A per-sample tensor [N] shaped to broadcast over ``like`` [N, ...]; a float as it is."""
+def per_sample(value: Scalar, like: Tensor, dtype: torch.dtype | None = None) -> Scalar:
+    """A per-sample tensor [N] shaped to broadcast over ``like`` [N, ...], in its dtype by default; a float as it is."""
     if isinstance(value, Tensor):
-        return value.to(like).reshape(-1, *[1] * (like.dim() - 1))
+        return value.to(like.device, dtype or like.dtype).reshape(-1, *[1] * (like.dim() - 1))
     return value
 
 
@@ -125,8 +125,8 @@ def l1_step(
     """A sparse step of l1 length alpha, then the exact projection onto the l1 ball and the box together.
 
     The step moves the ``fraction`` of coordinates with the largest ``|grad|`` (at least one, ties included) equally, by
-    their sign; coordinates at a wall that the step would run into are passed over. Projecting onto ball and box together, not one after the other, is what makes l1 attacks work (Croce and
-    Hein, "Mind the box", 2021).
+    their sign; coordinates at a wall that the step would run into are passed over. Projecting onto ball and box together,
+    not one after the other, is what makes l1 attacks work (Croce and Hein, "Mind the box", 2021).
     """
     a, g, c = rows(arithmetic(adv)), rows(arithmetic(grad)).to(arithmetic(adv).dtype), rows(arithmetic(x))
     if a.numel() == 0:
