@@ -234,7 +234,7 @@ FASTADV_MULTIVERSION void kl_rows(Rows<S>& rows, int64_t begin, int64_t end) {
     load_row(rows.logits(i), classes, zq);
     load_row(rows.logits_ref(i), classes, zp);
     const Softmax<T> q = softmax_row(zq, eq, classes), p = softmax_row(zp, ep, classes);
-    const KullbackLeibler<T> formula{T(1) / p.sum, log_(p.sum), T(1) / q.sum, log_(q.sum)};
+    const KullbackLeibler<T> formula{T(1) / p.sum, T(1) / q.sum, log_(p.sum) - log_(q.sum)};
     T kl = 0;
 #pragma omp simd reduction(+ : kl)
     for (int64_t k = 0; k < n; ++k) kl += formula.term(ep[k], zp[k], zq[k]);

@@ -259,6 +259,15 @@ def test_soft_labels(label_dtype):
     assert torch.equal(fastadv.pgd(net, x, soft, 0.1, 0.02, 5, init="zero"), expected)
 
 
+def test_one_hot_soft_labels_saturate_no_more_than_integers():
+    x, _ = batch()
+    net = linear()
+    y = net(x).argmax(1)
+    hard, soft = (fastadv.PGD(lambda z: 1000 * net(z), 0.01, steps=1, init="zero") for _ in range(2))
+    assert torch.equal(soft(x, F.one_hot(y, 10).float()), hard(x, y))
+    assert not soft.info.zero_grad.any()
+
+
 @pytest.mark.parametrize("loss", ["kl", "se", lambda z, y: -z.amax(1)], ids=["kl", "se", "callable"])
 def test_without_labels_success_is_a_change_of_prediction(loss):
     x, _ = batch()
@@ -494,6 +503,7 @@ def test_info_is_what_the_returned_images_do(targeted, options, dtype):
         ({"loss": "kl"}, True, 6),
         ({"loss": "kl"}, False, 6),
         ({"loss": "kl", "keep_best": True, "restarts": 2}, False, 13),
+        ({"loss": "dlr", "targeted": True}, True, 6),  # from the clean prediction
         ({"loss": cross_entropy}, True, 5),
         ({"loss": lambda z, y: z.logsumexp(1)}, False, 5),
         ({"loss": lambda z, y: z.logsumexp(1), "keep_best": True}, False, 7),  # one for the clean prediction

@@ -79,6 +79,7 @@ SETTINGS = [
     ({"loss": "kl", "init": "zero"}, ["init", "'zero'", "'kl'", "gradient is zero", "'normal'"]),
     ({"loss": "se", "init": "zero"}, ["init", "'zero'", "'se'"]),
     ({"loss": "kl", "targeted": True}, ["targeted", "'kl'", "labels"]),
+    ({"generator": 0}, ["generator", "int", "torch.Generator"]),
     ({"model": None}, ["model", "callable", "NoneType"]),
     ({"model": "resnet18"}, ["model", "callable", "str"]),
 ]
@@ -121,8 +122,8 @@ BATCHES = [
     ({"alpha": torch.full((2,), 0.1)}, ["alpha", "[2]", "[6]"]),
     ({"init": X[:5]}, ["init", "[5, 3, 8, 8]", "[6, 3, 8, 8]"]),
     ({"init": X[0]}, ["init", "[3, 8, 8]", "[6, 3, 8, 8]"]),
+    ({"init": with_value(NAN)}, ["init", "NaN"]),
     ({"init": X.to("meta")}, ["init", "meta", "cpu"]),
-    ({"generator": 0}, ["generator", "int", "torch.Generator"]),
     ({"generator": ON_CUDA}, ["generator", "cuda", "cpu"]),
 ]
 

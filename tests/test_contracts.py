@@ -112,10 +112,13 @@ def test_also_when_the_model_raises_at_any_call(bn, k, error):
     frozen_norm(net)
     failing = FailsAt(net, k, error)
     before, around = state(failing, buffers=bn != "train"), surroundings()
+    buffers = [b.clone() for b in net.buffers()]
     attack = fastadv.PGD(failing, 0.03, steps=4, loss="kl", bn=bn, keep_best=True, generator=seed())
     with pytest.raises(error, match="as the test asked") if k < 6 else contextlib.nullcontext():
         attack(x, y)
     assert failing.calls == min(k + 1, 6)
+    if k < 6:  # "train" takes back what it had counted
+        assert all(torch.equal(b, was) for b, was in zip(net.buffers(), buffers, strict=True))
     assert state(failing, buffers=bn != "train") == before
     assert surroundings() == around
     # The same object attacks again, as if nothing had happened.
