@@ -250,7 +250,10 @@ class PGD:
             loss, dlogits = ops.dlr_targeted(logits, reference.argmax(1), y, out=out)
             return loss.neg_(), dlogits.neg_()
         if y.is_floating_point():
-            return ops.ce(logits, y, out=out)
+            # A one-hot row is a hard label, and like one it must not saturate.
+            (loss, dlogits), (odds, d_odds) = ops.ce(logits, y), ops.log_odds(logits, y.argmax(1))
+            one_hot = y.amax(1) == 1
+            return torch.where(one_hot, odds, loss), torch.where(one_hot[:, None], d_odds, dlogits)
         return LABEL_LOSSES[self.loss](logits, y, out=out)
 
     def _fooled(self, logits: Tensor, label: Tensor | None) -> Tensor:
@@ -281,11 +284,14 @@ class PGD:
             raise ValueError(f"y is needed for loss={self.loss!r}, targeted={self.targeted}; only 'kl' and 'se' need none")
         if y is not None and y.is_floating_point() and self.loss in ("margin", "dlr"):
             raise ValueError(f"y must be integer labels for loss={self.loss!r}; got soft labels {list(y.shape)}")
-        if isinstance(self.init, Tensor) and (self.init.shape != x.shape or self.init.device != x.device):
-            raise ValueError(
-                f"init must be like x, {checks.describe(x)}, or one of {', '.join(map(repr, INITS))}; "
-                f"got {checks.describe(self.init)}"
-            )
+        if isinstance(self.init, Tensor):
+            if self.init.shape != x.shape or self.init.device != x.device:
+                known = ", ".join(map(repr, INITS))
+                raise ValueError(
+                    f"init must be like x, {checks.describe(x)}, or one of {known}; got {checks.describe(self.init)}"
+                )
+            if not bool(self.init.isfinite().all()):
+                raise ValueError("init must be finite; it holds NaN or inf")
         if self.generator is not None and self.generator.device.type != x.device.type:
             raise ValueError(f"generator must be on {x.device.type} like x; got one on {self.generator.device}")
 
