@@ -50,3 +50,13 @@ def test_every_public_name_is_documented():
 
 def test_the_changelog_knows_this_version():
     assert f"## {fastadv.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_speed_table_is_that_of_its_result_file(monkeypatch):
+    """The README's figures are rendered from a kept result, by the script that its marker names."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import readme
+
+    told = (ROOT / "README.md").read_text().partition(readme.START)[2].partition(readme.END)[0].strip()
+    (path,) = set(re.findall(r"benchmarks/results/[\w.-]+\.json", told))
+    assert told == readme.section(ROOT / path)
