@@ -7,7 +7,8 @@ FASTADV_CUDA_ARCHS  compute capabilities, e.g. "80;90"; default: 80, 90 and the 
                     PTX, so every GPU from the oldest one on works.
 CXX, CUDA_HOME      compilers to use instead of those on PATH
 
-Without a C++ compiler the package installs as pure Python: every op then runs through its PyTorch reference.
+Without a C++ compiler and Python's headers the package installs as pure Python: every op then runs through its PyTorch
+reference.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ def output(*command: str) -> str:
 
 def find_cxx() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+
+
+def can_compile() -> bool:
+    return find_cxx() is not None and Path(sysconfig.get_paths()["include"], "Python.h").exists()
 
 
 def find_nvcc() -> str | None:
@@ -80,7 +85,7 @@ class NinjaBuild(build_ext):
             return
         try:
             self.compile(ext, nvcc, "built")
-        except subprocess.CalledProcessError:
+        except (subprocess.CalledProcessError, OSError, StopIteration, ValueError):  # also an incomplete toolkit
             if wish == "1":
                 raise
             print("\n*** fastadv: nvcc was found but failed (above). Building the CPU half only. ***\n", file=sys.stderr)
@@ -138,14 +143,14 @@ class NinjaBuild(build_ext):
         subprocess.run(["ninja", "-C", str(build)], check=True)
 
 
-if not find_cxx():
-    print("\n*** fastadv: no C++ compiler found; installing without native kernels (slower). ***\n", file=sys.stderr)
+if not can_compile():
+    print("\n*** fastadv: no C++ compiler or no Python.h; installing without native kernels. ***\n", file=sys.stderr)
 
 setup(
     packages=["fastadv", "fastadv.reference", "fastadv.attacks", "fastadv.kernels"],
     package_dir={"fastadv.kernels": "kernels"},
     package_data={"fastadv": ["py.typed"]},
-    ext_modules=[Extension("fastadv._C", sources=[])] if find_cxx() else [],
+    ext_modules=[Extension("fastadv._C", sources=[])] if can_compile() else [],
     cmdclass={"build_ext": NinjaBuild},
     zip_safe=False,
 )

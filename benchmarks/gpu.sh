@@ -9,6 +9,6 @@ status=0
 
 FASTADV_CUDA=1 pip install -q --no-build-isolation --no-deps -e . 2>&1 | tee "$out/build.log" || exit 1
 fastadv info | tee "$out/info.txt"
-python -m pytest -q -m gpu tests 2>&1 | tee "$out/tests.log" || status=1
+python -m pytest -q -m gpu tests/test_gpu.py 2>&1 | tee "$out/tests.log" || status=1
 python -m benchmarks --device cuda --json "$out/cuda.json" 2>&1 | tee "$out/benchmarks.log" || status=1
 exit $status

@@ -113,7 +113,7 @@ struct LinfStep {
 // l2 ball. |d + a g/|g||^2 = |d|^2 + 2a<d,g>/|g| + a^2, so three sums over the sample fix both coefficients.
 template <class T>
 struct L2Step {
-  T keep, move, lo, hi;  // coefficients of d and of g
+  T keep, move, unit, lo, hi;  // coefficients of d and of g * unit; unit is the power of two that keeps `move` a normal float
 
   static FASTADV_FN L2Step from_sums(double dd, double dg, double gg, double alpha, double eps, T lo, T hi) {
     const double g_norm = ::sqrt(gg);
@@ -122,10 +122,12 @@ struct L2Step {
     const double cross = moves ? dg / g_norm : 0.0;
     const double norm = ::sqrt(larger(dd + 2.0 * a * cross + a * a, 0.0));
     const double shrink = norm > eps ? eps / norm : 1.0;
-    return {T(shrink), moves ? T(shrink * a / g_norm) : T(0), lo, hi};
+    const double far = 18446744073709551616.0;  // 2^64
+    const double unit = g_norm * far < 1.0 ? far : g_norm > far ? 1.0 / far : 1.0;
+    return {T(shrink), moves ? T(shrink * a / (g_norm * unit)) : T(0), T(unit), lo, hi};
   }
   FASTADV_FN T operator()(T adv, T g, T x) const {
-    const T moved = move == T(0) ? T(0) : move * g;  // 0 * NaN would be NaN
+    const T moved = move == T(0) ? T(0) : move * (g * unit);  // 0 * NaN would be NaN
     return clamp(x + (keep * (adv - x) + moved), lo, hi);
   }
 };

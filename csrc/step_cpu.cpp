@@ -10,6 +10,8 @@
 #include "step.h"
 
 #include <algorithm>
+#include <functional>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 

@@ -12,7 +12,8 @@ class Normalize(nn.Module):
     """``(x - mean) / std`` per channel: ``model = nn.Sequential(fastadv.Normalize(mean, std), net)``.
 
     Args:
-        mean, std: one number a channel, or a single one for all; in the units of x, held in fp32. x is [N, C, ...].
+        mean, std: one number a channel, or a single one for all; in the units of x; held in fp32 like parameters.
+            x is [N, C, ...].
 
     Raises:
         ValueError: lengths differ, a value is not finite, or a std is not positive.

@@ -155,7 +155,7 @@ def linf_step_(
     backends give the same bits.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or eps is negative.
+        ValueError: shapes, dtypes or devices disagree, or eps is a negative float (per-sample values are not read).
     """
     return _step_in_place("linf_step", adv, grad, x, alpha, eps, lo, hi)
 
@@ -217,6 +217,7 @@ def l1_step_(
     ``fraction`` in (0, 1] of a sample's elements with the largest ``|grad|``, at least one, by equal amounts; elements at
     a wall that they would run into are passed over (Croce and Hein, "Mind the box", 2021).
     """
+    _check_fraction(fraction)
     return _step_in_place("l1_step", adv, grad, x, alpha, eps, lo, hi, fraction)
 
 
@@ -233,7 +234,13 @@ def l1_step(
     out: Tensor | None = None,
 ) -> Tensor:
     """:func:`l1_step_` into ``out`` (a new tensor by default); ``adv`` is left alone."""
+    _check_fraction(fraction)
     return _step("l1_step", out, adv, grad, x, alpha, eps, lo, hi, fraction)
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"l1_step: fraction must be in (0, 1]; got {fraction}")
 
 
 def _step_in_place(op: str, adv: Tensor, *args: Any) -> Tensor:
@@ -247,14 +254,11 @@ def _step(
 ) -> Tensor:
     _check_step(op, out, adv, grad, x, alpha, eps)
     if _through_dispatcher(adv):
-        if out is None:
-            out = adv.detach().clone()
-        elif out is not adv:
-            out.copy_(adv)
+        moved = adv if out is adv else adv.detach().clone()
         alphas, radii = (v if isinstance(v, Tensor) else None for v in (alpha, eps))
         values = (0.0 if isinstance(v, Tensor) else v for v in (alpha, eps))
-        getattr(torch.ops.fastadv, f"{op}_")(out, grad, x, *values, *rest, alphas, radii)
-        return out
+        getattr(torch.ops.fastadv, f"{op}_")(moved, grad, x, *values, *rest, alphas, radii)
+        return moved if out is None or out is adv else out.copy_(moved)
     if out is None:
         out = torch.empty_like(adv)
     _implementation_for(op, adv)(out, adv, grad, x, alpha, eps, *rest)

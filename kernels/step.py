@@ -6,6 +6,8 @@ linf  one pass: read adv, grad, x, write out, 16 bytes per fp32 element. A progr
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -57,12 +59,13 @@ def linf_step(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, 
     rows = 1 if alphas is None and radii is None else adv.shape[0]
     if adv.numel():
         row_size = adv.numel() // rows
-        for first_row in range(0, rows, _MAX_GRID_ROWS):
-            grid = (triton.cdiv(row_size, BLOCK), min(rows - first_row, _MAX_GRID_ROWS))
-            linf_step_kernel[grid](
-                target, adv, grad, x, alphas, radii, alpha, eps, lo, hi, row_size, first_row,
-                ACC=tl.float64 if adv.dtype == torch.float64 else tl.float32,
-                ALPHAS=alphas is not None, RADII=radii is not None, BLOCK=BLOCK, enable_fp_fusion=False,
-            )  # fmt: skip
+        with torch.cuda.device(adv.device) if adv.is_cuda else nullcontext():  # Triton launches on the current device
+            for first_row in range(0, rows, _MAX_GRID_ROWS):
+                grid = (triton.cdiv(row_size, BLOCK), min(rows - first_row, _MAX_GRID_ROWS))
+                linf_step_kernel[grid](
+                    target, adv, grad, x, alphas, radii, alpha, eps, lo, hi, row_size, first_row,
+                    ACC=tl.float64 if adv.dtype == torch.float64 else tl.float32,
+                    ALPHAS=alphas is not None, RADII=radii is not None, BLOCK=BLOCK, enable_fp_fusion=False,
+                )  # fmt: skip
     if target is not out:
         out.copy_(target)

@@ -110,6 +110,11 @@ def test_info_names_versions_build_and_backends(capsys):
     assert "linf_step" in module.stdout
 
 
+def test_info_explains_a_backend_that_is_not_there():
+    done = python("from fastadv.info import report; print(report())", FASTADV_BACKEND="cuda")
+    assert "'cuda' was asked for but cannot run linf_step on cpu" in done.stdout
+
+
 def test_the_command_line_refuses_nonsense(capsys):
     with pytest.raises(SystemExit):
         cli.main(["fly"])

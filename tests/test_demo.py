@@ -75,6 +75,21 @@ def test_digits_depend_on_the_seed_only():
     assert not torch.equal(first.y_test, demo.load_digits(seed=4).y_test)
 
 
+def test_batches_hold_every_digit_once_moved_by_up_to_a_pixel(few_digits):
+    x = few_digits.x_train * F.pad(torch.ones(26, 26), (1, 1, 1, 1))  # nothing at the edge, so nothing moves out
+    number = torch.arange(len(x))
+    batches = demo.shuffled_batches(x, number, torch.Generator().manual_seed(0))
+    moved, numbers = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    assert not torch.equal(numbers, number)
+    assert torch.equal(numbers.sort().values, number)
+    torch.testing.assert_close(moved.sum((1, 2, 3)), x[numbers].sum((1, 2, 3)))
+    # A dot, over many draws, goes to all nine places and nowhere else.
+    dot = torch.zeros(300, 1, 28, 28)
+    dot[:, :, 10, 20] = 1
+    places = demo.shifted(dot, torch.Generator().manual_seed(0)).nonzero()[:, 2:].unique(dim=0)
+    assert places.tolist() == [[row, column] for row in (9, 10, 11) for column in (19, 20, 21)]
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 

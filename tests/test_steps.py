@@ -111,7 +111,7 @@ def test_nan_and_zero_gradients_move_nothing(op, backend):
 
 
 @pytest.mark.parametrize("backend", STEP_BACKENDS["l2_step"])
-@pytest.mark.parametrize("scale", [1e-30, 1e30], ids=["tiny", "huge"])
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 1e37], ids=["subnormal", "tiny", "huge", "largest"])
 def test_l2_direction_survives_gradients_whose_squares_do_not(backend, scale):
     _, grad, x = step_inputs((4, 100), torch.float32, torch.float32)
     expected = run("l2_step", backend, x, grad, x, 0.5, 1.0)
@@ -257,6 +257,20 @@ def test_bad_arguments_are_refused_untouched(op, case):
     with pytest.raises(ValueError, match=message):
         getattr(ops, f"{op}_")(*arguments(adv, grad, x))
     assert torch.equal(adv.detach(), before)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5, math.nan])
+def test_l1_fraction_must_be_one(fraction):
+    x = torch.rand(2, 3)
+    with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\]"):
+        ops.l1_step_(x, x, x, 0.1, 0.2, fraction=fraction)
+
+
+def test_out_is_no_part_of_autograd_and_may_be_x():
+    adv, grad, x = step_inputs((4, 5), torch.float32, torch.float32)
+    expected = ops.linf_step(adv, grad, x, 0.1, 0.2)
+    assert torch.equal(ops.linf_step(adv.clone().requires_grad_(), grad, x, 0.1, 0.2, out=x), expected)
+    assert not x.requires_grad
 
 
 def test_out_must_fit():

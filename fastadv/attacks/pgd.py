@@ -29,7 +29,10 @@ NORMAL_SCALE = 1e-3  # TRADES' start: x + 0.001 N(0, 1)
 
 
 class NaNGradientWarning(RuntimeWarning):
-    """Some input gradients are NaN; these elements were not moved. ``attack.info.nan_grad`` tells which samples."""
+    """Some input gradients are NaN; these elements were not moved. ``attack.info.nan_grad`` tells which samples.
+
+    Raised for CPU tensors; on a GPU it would make every attack wait, so there ``info`` alone tells.
+    """
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ class PGD:
         with engine.attacking(model, self.bn):
             x_adv, self.info = self._attack(model, x.detach(), y, lo, hi)
         if x_adv.device.type == "cpu" and bool(self.info.nan_grad.any()):
-            warnings.warn(NaNGradientWarning(NaNGradientWarning.__doc__), stacklevel=2)
+            message = "some input gradients are NaN and moved nothing; attack.info.nan_grad tells which samples"
+            warnings.warn(NaNGradientWarning(message), stacklevel=2)
         return x_adv
 
     # ------------------------------------------------------------------------------------------------------ the attack
@@ -252,7 +256,7 @@ class PGD:
         if y.is_floating_point():
             # A one-hot row is a hard label, and like one it must not saturate.
             (loss, dlogits), (odds, d_odds) = ops.ce(logits, y), ops.log_odds(logits, y.argmax(1))
-            one_hot = y.amax(1) == 1
+            one_hot = (y.amax(1) == 1) & (y.sum(1) == 1)
             return torch.where(one_hot, odds, loss), torch.where(one_hot[:, None], d_odds, dlogits)
         return LABEL_LOSSES[self.loss](logits, y, out=out)
 
@@ -308,7 +312,7 @@ class _Best:
         if self.empty:
             self.image, self.score, self.fooled, self.empty = image.clone(), score.clone(), fooled, False
             return
-        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (score >= self.score))
+        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & ~(score < self.score))
         torch.where(better.view(-1, *[1] * (image.dim() - 1)), image, self.image, out=self.image)
         torch.where(better, score, self.score, out=self.score)
         self.fooled = self.fooled | fooled
