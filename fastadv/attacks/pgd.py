@@ -196,6 +196,7 @@ class PGD:
         for _ in range(self.restarts):
             adv, moving = self._start(centre, lo, hi, may_be_returned=every_iterate), alpha
             for _ in range(self.steps):
+                gradient = None  # frees its memory, which the next one then takes without new page faults
                 inputs, logits, dlogits = evaluate(adv, candidate=every_iterate)
                 if best is not None and self.early_stop:
                     if best.all_fooled():
