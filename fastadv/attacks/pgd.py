@@ -149,7 +149,7 @@ class PGD:
         with engine.attacking(model, self.bn):
             x_adv, self.info = self._attack(model, x.detach(), y, lo, hi)
         if x_adv.device.type == "cpu" and bool(self.info.nan_grad.any()):
-            message = "some input gradients are NaN and moved nothing; attack.info.nan_grad tells which samples"
+            message = "some input gradients are NaN; these elements were not moved (see attack.info.nan_grad)"
             warnings.warn(NaNGradientWarning(message), stacklevel=2)
         return x_adv
 
