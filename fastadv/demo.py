@@ -337,7 +337,7 @@ def experiment(findings: Findings, quick: bool, weights: Path) -> None:
         evaluate("standard", standard, digits, seed)
 
         robust = findings.networks["robust"] = Network(small_cnn(seed))
-        train_robust(robust.model, digits, 2 if quick else 20, seed, robust.history, findings.rounds)
+        train_robust(robust.model, digits, 2 if quick else 15, seed, robust.history, findings.rounds)
         with replacing(weights) as temporary:
             torch.save(robust.model.state_dict(), temporary)
         evaluate("robust", robust, digits, seed)
