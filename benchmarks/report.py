@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from tabulate import tabulate
 
 import fastadv
+from fastadv import info
 
 from . import peers
 from .timing import Case, Result
@@ -25,16 +25,17 @@ HEADERS = (
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """Where and with what: enough to tell whether two results may be compared."""
+    cpu = f"{info.cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
     dirty = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
-        "cpu": _cpu(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpu": cpu,
         "threads": threads,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": info.version("triton"),
         "fastadv": fastadv.__version__,
         "fastadv build": fastadv.native.BUILD_INFO or fastadv.native.LOAD_ERROR,
         "fastadv backend": {op: fastadv.ops.choice(op, device.type)[0] for op in (*fastadv.ops.STEPS, *fastadv.ops.LOSSES)},
@@ -42,22 +43,6 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(dirty) if dirty is not None else None,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git(*arguments: str) -> str | None:

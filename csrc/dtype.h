@@ -3,6 +3,8 @@
 // vectorise on every compiler and the same code serves host and device.
 #pragma once
 
+#include <stdexcept>
+
 #include "math.h"
 
 namespace fastadv {
@@ -63,6 +65,29 @@ FASTADV_FN void store(f16& to, float v) {
   const uint32_t overflow = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
   const uint32_t half = magnitude >= 0x47800000 ? overflow : magnitude < 0x38800000 ? subnormal : normal;
   to.bits = uint16_t(half | (bits >> 16 & 0x8000));
+}
+
+// Calls f with a value of the storage type that `dtype` names.
+template <class F>
+void dispatch(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(float());
+    case DType::f64: return f(double());
+    case DType::bf16: return f(bf16());
+    case DType::f16: return f(f16());
+  }
+  throw std::invalid_argument("unknown storage type");
+}
+
+// The same for an image and its gradient, of the pairs that kernels are built for.
+template <class F>
+void dispatch(DType image, DType gradient, const F& f) {
+  if (image == gradient) return dispatch(image, [&](auto s) { f(s, s); });
+  if (image == DType::f32 && gradient == DType::bf16) return f(float(), bf16());
+  if (image == DType::f32 && gradient == DType::f16) return f(float(), f16());
+  if (image == DType::bf16 && gradient == DType::f32) return f(bf16(), float());
+  if (image == DType::f16 && gradient == DType::f32) return f(f16(), float());
+  throw std::invalid_argument("unsupported pair of storage types");
 }
 
 }  // namespace fastadv

@@ -35,7 +35,11 @@ FASTADV_FN T* aligned(T* row) {
 template <class S, class T>
 FASTADV_FN void load_row(const S* row, int64_t classes, int64_t readable, T* z, int64_t skip = -1) {
   const T nothing = -std::numeric_limits<T>::infinity();
-  const int32_t n = int32_t(padded(classes)), end = int32_t(classes), hole = int32_t(skip);
+  const int32_t n = int32_t(padded(classes)), end = int32_t(classes);
+  int32_t hole = int32_t(skip);
+#if defined(__GNUC__)
+  asm("" : "+r"(hole));  // unknown to gcc, which would split the loop at `end` where there is no hole: scalar tails again
+#endif
   z = aligned(z);
   if (n <= readable) {
 #pragma omp simd
@@ -304,18 +308,12 @@ template <class Loop>
 void run(const LossArgs& args, int threads, const Loop& row_loop) {
   check_labels(args.labels, args, "y");
   check_labels(args.targets, args, "target");
-  const auto typed = [&](auto s) {
+  dispatch(args.dtype, [&](auto s) {
     parallel_chunks(args.rows, rows_per_chunk(args.classes), threads, [&](int64_t begin, int64_t end) {
       Rows<decltype(s)> rows(args);
       row_loop(rows, begin, end);
     });
-  };
-  switch (args.dtype) {
-    case DType::f32: return typed(float());
-    case DType::f64: return typed(double());
-    case DType::bf16: return typed(bf16());
-    case DType::f16: return typed(f16());
-  }
+  });
 }
 
 }  // namespace

@@ -101,16 +101,7 @@ void linf_step_typed(const StepArgs& args, cudaStream_t stream) {
 
 void linf_step_cuda(const StepArgs& args, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
-  const DType s = args.dtype, g = args.grad_dtype;
-  if (s == DType::f32 && g == DType::f32) linf_step_typed<float, float>(args, stream);
-  else if (s == DType::f32 && g == DType::bf16) linf_step_typed<float, bf16>(args, stream);
-  else if (s == DType::f32 && g == DType::f16) linf_step_typed<float, f16>(args, stream);
-  else if (s == DType::f64 && g == DType::f64) linf_step_typed<double, double>(args, stream);
-  else if (s == DType::bf16 && g == DType::bf16) linf_step_typed<bf16, bf16>(args, stream);
-  else if (s == DType::bf16 && g == DType::f32) linf_step_typed<bf16, float>(args, stream);
-  else if (s == DType::f16 && g == DType::f16) linf_step_typed<f16, f16>(args, stream);
-  else if (s == DType::f16 && g == DType::f32) linf_step_typed<f16, float>(args, stream);
-  else throw std::invalid_argument("step: unsupported pair of storage types");
+  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) { linf_step_typed<decltype(s), decltype(g)>(args, stream); });
   check_launch("linf_step");
 }
 
@@ -118,12 +109,7 @@ void linf_start_cuda(const StartArgs& args, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   if (args.samples == 0 || args.size == 0) return;
   const dim3 grid = grid_for(args.samples, (args.size + 3) / 4);
-  switch (args.dtype) {
-    case DType::f32: linf_start_kernel<float><<<grid, kThreads, 0, stream>>>(args); break;
-    case DType::f64: linf_start_kernel<double><<<grid, kThreads, 0, stream>>>(args); break;
-    case DType::bf16: linf_start_kernel<bf16><<<grid, kThreads, 0, stream>>>(args); break;
-    case DType::f16: linf_start_kernel<f16><<<grid, kThreads, 0, stream>>>(args); break;
-  }
+  dispatch(args.dtype, [&](auto s) { linf_start_kernel<decltype(s)><<<grid, kThreads, 0, stream>>>(args); });
   check_launch("linf_start");
 }
 

@@ -12,28 +12,12 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
-#include <stdexcept>
 #include <vector>
 
 #include "cpu.h"
 
 namespace fastadv {
 namespace {
-
-// Calls f with values of the storage types of (adv, grad); f is a template over them.
-template <class F>
-void dispatch(const StepArgs& args, const F& f) {
-  const DType s = args.dtype, g = args.grad_dtype;
-  if (s == DType::f32 && g == DType::f32) return f(float(), float());
-  if (s == DType::f32 && g == DType::bf16) return f(float(), bf16());
-  if (s == DType::f32 && g == DType::f16) return f(float(), f16());
-  if (s == DType::f64 && g == DType::f64) return f(double(), double());
-  if (s == DType::bf16 && g == DType::bf16) return f(bf16(), bf16());
-  if (s == DType::bf16 && g == DType::f32) return f(bf16(), float());
-  if (s == DType::f16 && g == DType::f16) return f(f16(), f16());
-  if (s == DType::f16 && g == DType::f32) return f(f16(), float());
-  throw std::invalid_argument("step: unsupported pair of storage types");
-}
 
 // One sample's (or a piece of one sample's) pointers.
 template <class S, class G>
@@ -172,7 +156,7 @@ T l1_shrink(const T* u, const S* x, int64_t size, double eps, T lo, T hi) {
 }  // namespace
 
 void linf_step_cpu(const StepArgs& args, int threads) {
-  dispatch(args, [&](auto s, auto g) {
+  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) {
     using S = decltype(s);
     using T = arithmetic_t<S>;
     const auto step = [&](int64_t sample) {
@@ -191,10 +175,11 @@ void linf_step_cpu(const StepArgs& args, int threads) {
 }
 
 void linf_start_cpu(const StartArgs& args, int threads) {
-  const auto typed = [&](auto s) {
+  dispatch(args.dtype, [&](auto s) {
     using S = decltype(s);
     using T = arithmetic_t<S>;
     const int64_t pieces = (args.size + kGrain - 1) / kGrain;  // of a sample
+    prefer_huge_pages(args.out, args.samples * args.size * int64_t(sizeof(S)));
     parallel_chunks(args.samples * pieces, rows_per_chunk(std::min(args.size, kGrain)), threads, [&](int64_t from, int64_t to) {
       for (int64_t piece = from; piece < to; ++piece) {
         const int64_t sample = piece / pieces, begin = piece % pieces * kGrain;
@@ -202,17 +187,11 @@ void linf_start_cpu(const StartArgs& args, int threads) {
         start<S>(args, sample, begin, std::min(begin + kGrain, args.size), f);
       }
     });
-  };
-  switch (args.dtype) {
-    case DType::f32: return typed(float());
-    case DType::f64: return typed(double());
-    case DType::bf16: return typed(bf16());
-    case DType::f16: return typed(f16());
-  }
+  });
 }
 
 void l2_step_cpu(const StepArgs& args, int threads) {
-  dispatch(args, [&](auto s, auto g) {
+  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) {
     using S = decltype(s);
     using T = arithmetic_t<S>;
     parallel_chunks(args.samples, rows_per_chunk(args.size), threads, [&](int64_t begin, int64_t end) {
@@ -228,7 +207,7 @@ void l2_step_cpu(const StepArgs& args, int threads) {
 }
 
 void l1_step_cpu(const StepArgs& args, double fraction, int threads) {
-  dispatch(args, [&](auto s, auto g) {
+  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) {
     using S = decltype(s);
     using T = arithmetic_t<S>;
     const int64_t size = args.size;

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference.step import Scalar, dense_layout
+from .memory import alike, float64_per_sample
+from .reference.step import Scalar
 
 
 def _load() -> tuple[Any, str | None]:
@@ -63,13 +64,6 @@ _STEP_DTYPES = {(t, t) for t in _DTYPES} | {
 # --------------------------------------------------------------------------------------------------------- step family
 
 
-def float64_per_sample(value: Scalar, like: Tensor) -> tuple[float, Tensor | None]:
-    """A float as (value, None); per-sample values as (0, float64 tensor [N] on the device)."""
-    if isinstance(value, Tensor):
-        return 0.0, value.to(like.device, torch.float64).expand(like.shape[0]).contiguous()
-    return value, None
-
-
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -97,10 +91,7 @@ def _step(
 ) -> None:
     if (adv.dtype, grad.dtype) not in _STEP_DTYPES:
         grad = grad.to(torch.promote_types(adv.dtype, torch.float32))
-    # Kernels see flat memory. A tensor that is not laid out like adv is copied once; the others are used as they are.
-    layout = dense_layout(adv)
-    adv, grad, x = (t.contiguous(memory_format=layout) for t in (adv, grad, x))
-    target = out if out.is_contiguous(memory_format=layout) else torch.empty_like(adv)
+    target, adv, grad, x = alike(out, adv, grad, x)
     alpha, alphas = float64_per_sample(alpha, adv)
     eps, radii = float64_per_sample(eps, adv)
     samples = adv.shape[0]
@@ -115,9 +106,7 @@ def _step(
 
 
 def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int) -> None:
-    layout = dense_layout(x)
-    x = x.contiguous(memory_format=layout)
-    target = out if out.is_contiguous(memory_format=layout) else torch.empty_like(x)
+    target, x = alike(out, x)
     eps, radii = float64_per_sample(eps, x)
     samples = x.shape[0]
     _launch(

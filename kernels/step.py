@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastadv.native import float64_per_sample
-from fastadv.reference.step import Scalar, dense_layout
+from fastadv.memory import alike, float64_per_sample
+from fastadv.reference.step import Scalar
 
 BLOCK = 1024
 _MAX_GRID_ROWS = 65535
@@ -51,9 +51,7 @@ def linf_step_kernel(
 
 def linf_step(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, lo: float, hi: float) -> None:
     """Writes the linf step of ``adv`` into ``out``; arguments as :func:`fastadv.ops.linf_step_`."""
-    layout = dense_layout(adv)
-    adv, grad, x = (t.contiguous(memory_format=layout) for t in (adv, grad, x))
-    target = out if out.is_contiguous(memory_format=layout) else torch.empty_like(adv)
+    target, adv, grad, x = alike(out, adv, grad, x)
     alpha, alphas = float64_per_sample(alpha, adv)
     eps, radii = float64_per_sample(eps, adv)
     rows = 1 if alphas is None and radii is None else adv.shape[0]
