@@ -15,11 +15,12 @@ import fastadv
 from fastadv import info
 
 from . import peers
-from .timing import Case, Result
+from .timing import CLOCKS, Case, Result
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = (
-    "case", "contender", "median", "quartiles", "cpu", "/ baseline", "/ fastadv", "goal", "GB/s", "what came out",
+    "case", "contender", "median", "quartiles", "cpu", "gpu",
+    "/ baseline", "/ fastadv", "goal", "GB/s", "of copy", "what came out",
 )  # fmt: skip
 
 
@@ -42,6 +43,17 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "peers": peers.versions(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(dirty) if dirty is not None else None,
+        **(_gpu(device) if device.type == "cuda" else {}),
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "cuda": torch.version.cuda,
+        "multiprocessors": properties.multi_processor_count,
+        "L2": properties.L2_cache_size,
+        "memory": properties.total_memory,
     }
 
 
@@ -66,17 +78,34 @@ def _contender(case: Case, name: str, results: dict[str, Result], clock: str) ->
     if result.samples is None:
         return {"name": name, "absent": result.absent}
     row: dict[str, Any] = {"name": name, "yardstick": result.yardstick, "rounds": len(result.samples.wall)}
-    for c in ("wall", "cpu"):
-        row[c] = dict(zip(("q1", "median", "q3"), result.samples.quartiles(c), strict=True))
+    for c in CLOCKS:
+        if getattr(result.samples, c):
+            row[c] = dict(zip(("q1", "median", "q3"), result.samples.quartiles(c), strict=True))
+    if clock not in row:
+        return {"name": name, "absent": f"no time by the {clock} clock"}
     for label, other in (("baseline", case.baseline), ("fastadv", "fastadv")):
-        if results[other].samples is not None:
-            row[f"over {label}"] = result.samples.over(results[other].samples, clock)
+        if (ratio := _over(result, results[other], clock)) is not None:
+            row[f"over {label}"] = ratio
     if name in case.goals and "over fastadv" in row:
         row["goal"] = {"over fastadv": case.goals[name], "met": row["over fastadv"] >= case.goals[name]}
+    if name in case.at_most:
+        row["goal"] = {"at most": case.at_most[name], "met": row[clock]["median"] <= case.at_most[name]}
     moved = case.bytes_of.get(name, case.bytes)
     if moved is not None:
         row["GB/s"] = moved / row[clock]["median"] / 1e9
+        if "copy" in results and case.bytes is not None:
+            share = moved / case.bytes_of.get("copy", case.bytes)
+            ratios = {c: _over(results["copy"], result, c) for c in ("wall", "gpu")}
+            row["of copy"] = {c: share * ratio for c, ratio in ratios.items() if ratio is not None}
     return row | {"facts": result.facts}
+
+
+def _over(result: Result, other: Result, clock: str) -> float | None:
+    """How many times longer than the other this took, where the clock timed both."""
+    if result.samples is None or other.samples is None:
+        return None
+    both = getattr(result.samples, clock) and getattr(other.samples, clock)
+    return result.samples.over(other.samples, clock) if both else None
 
 
 def table(records: list[dict[str, Any]], clock: str) -> str:
@@ -85,27 +114,40 @@ def table(records: list[dict[str, Any]], clock: str) -> str:
         for case in records
         for i, contender in enumerate(case["contenders"])
     ]
-    return tabulate(rows, HEADERS, tablefmt="simple", disable_numparse=True)
+    used = [i for i in range(len(HEADERS)) if any(row[i] for row in rows)]
+    cells = [[row[i] for i in used] for row in rows]
+    return tabulate(cells, [HEADERS[i] for i in used], tablefmt="simple", disable_numparse=True)
 
 
 def _row(case: str, c: dict[str, Any], clock: str) -> list[str]:
     if "absent" in c:
-        return [case, c["name"], "-", "", "", "", "", "", "", c["absent"]]
+        return [case, c["name"], "-", *[""] * (len(HEADERS) - 4), c["absent"]]
     ratio = c.get("over fastadv")
     beaten = ratio is not None and ratio < 1 and not c["yardstick"] and not c["name"].startswith("fastadv")
-    goal = c.get("goal")
+    share = c.get("of copy", {})
     return [
         case,
         c["name"],
         _time(c[clock]["median"]),
         f"{_time(c[clock]['q1'])} .. {_time(c[clock]['q3'])}",
         _time(c["cpu"]["median"]),
+        _time(c["gpu"]["median"]) if "gpu" in c else "",
         f"{c['over baseline']:.2f}" if "over baseline" in c else "",
         "" if ratio is None else f"{ratio:.2f}" + (" FASTADV LOSES" if beaten else ""),
-        f">= {goal['over fastadv']:.2f} {'met' if goal['met'] else 'MISSED'}" if goal else "",
+        _goal(c["goal"]) if "goal" in c else "",
         f"{c['GB/s']:.1f}" if "GB/s" in c else "",
+        (f"{share['wall']:.0%}" if share else "") + (f" ({share['gpu']:.0%})" if "gpu" in share else ""),
         ", ".join(f"{name} {value:.2g}" for name, value in c["facts"].items()),
     ]
+
+
+def misses(contender: dict[str, Any]) -> bool:
+    return "goal" in contender and not contender["goal"]["met"]
+
+
+def _goal(goal: dict[str, Any]) -> str:
+    wanted = f"<= {_time(goal['at most'])}" if "at most" in goal else f">= {goal['over fastadv']:.2f}"
+    return f"{wanted} {'met' if goal['met'] else 'MISSED'}"
 
 
 def _time(seconds: float) -> str:

@@ -19,9 +19,10 @@ from . import attacks, ops, timing
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
 QUICK = os.environ.get("FASTADV_BENCH_QUICK") == "1"
-PLAN = timing.QUICK if QUICK else timing.FULL
 DEVICE = torch.device("cpu")
-PAIRS = [pytest.param(c, name, id=f"{c.name}-{name}") for c in ops.cases(QUICK) + attacks.cases(QUICK) for name in c.contenders]
+PLAN = timing.plan_for(DEVICE, QUICK)
+CASES = ops.cases(QUICK, DEVICE) + attacks.cases(QUICK)
+PAIRS = [pytest.param(c, name, id=f"{c.name}-{name}") for c in CASES for name in c.contenders]
 
 
 @functools.lru_cache(maxsize=1)  # parameters come case by case, and one case's tensors can fill the memory
@@ -44,7 +45,7 @@ def test_speed(benchmark: Any, case: timing.Case, name: str) -> None:
         contender = case.contenders[name](_inputs(case))
     except timing.UnavailableError as reason:
         pytest.skip(str(reason))
-    block = timing.Block(contender, case.burst, PLAN, DEVICE)
+    block = timing.Block(contender, case, PLAN, DEVICE)
     benchmark.group = f"{case.name}, {case.burst} in a row" if case.burst > 1 else case.name
 
     def burst() -> None:
@@ -61,3 +62,12 @@ def test_speed(benchmark: Any, case: timing.Case, name: str) -> None:
         rounds=max(PLAN.rounds[0], block.repeats),
         warmup_rounds=1,
     )
+
+
+@pytest.mark.parametrize("case", ops.cases(True, torch.device("cuda")), ids=lambda case: case.name)
+def test_the_cases_of_a_gpu_are_sound(case: timing.Case) -> None:
+    """Run here on the CPU, but for Triton and torch.compile: each contender computes the right thing, by its first run."""
+    given = case.inputs(DEVICE)
+    for name, build in case.contenders.items():
+        if "triton" not in name and not name.startswith("compiled"):
+            timing.first_run(case, given, build(given))

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"  // written by setup.py
+#include "launch.h"
 #include "loss.h"
 #include "step.h"
 
@@ -16,42 +17,68 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-StepArgs step_args(uintptr_t out, uintptr_t adv, uintptr_t grad, uintptr_t x, int64_t samples, int64_t size, int dtype,
-                   int grad_dtype, double alpha, double eps, double lo, double hi, uintptr_t alphas, uintptr_t radii) {
-  return {pointer<void>(out), pointer<void>(adv), pointer<void>(grad), pointer<void>(x), samples, size, DType(dtype),
-          DType(grad_dtype), alpha, eps, lo, hi, pointer<double>(alphas), pointer<double>(radii)};
+// CPU kernels take a number of threads last, CUDA kernels a stream; from Python both are one integer.
+template <class Args>
+void call(void (*kernel)(const Args&, int), const Args& args, uintptr_t threads) {
+  py::gil_scoped_release nogil;
+  kernel(args, int(threads));
 }
 
-StartArgs start_args(uintptr_t out, uintptr_t x, int64_t samples, int64_t size, int dtype, double eps, double lo, double hi,
-                     uintptr_t radii, uint64_t seed) {
-  return {pointer<void>(out), pointer<void>(x), samples, size, DType(dtype), eps, lo, hi, pointer<double>(radii), seed};
+template <class Args>
+void call(void (*kernel)(const Args&, void*), const Args& args, uintptr_t stream) {
+  py::gil_scoped_release nogil;
+  kernel(args, pointer<void>(stream));
 }
 
-using StepKernel = void (*)(const StepArgs&, int);
-using LossKernel = void (*)(const LossArgs&, int);
-
-// Defines module.name(out, adv, grad, x, samples, size, dtype, grad_dtype, alpha, eps, lo, hi, alphas, radii, threads).
-template <StepKernel kernel>
+template <auto kernel>
 void def_step(py::module_& m, const char* name) {
   m.def(name, [](uintptr_t out, uintptr_t adv, uintptr_t grad, uintptr_t x, int64_t samples, int64_t size, int dtype,
                  int grad_dtype, double alpha, double eps, double lo, double hi, uintptr_t alphas, uintptr_t radii,
-                 int threads) {
-    py::gil_scoped_release nogil;
-    kernel(step_args(out, adv, grad, x, samples, size, dtype, grad_dtype, alpha, eps, lo, hi, alphas, radii), threads);
+                 double fraction, uintptr_t workspace, uintptr_t where) {
+    const StepArgs args{pointer<void>(out),      pointer<void>(adv),     pointer<void>(grad), pointer<void>(x), samples, size,
+                        DType(dtype),            DType(grad_dtype),      alpha,               eps,              lo,      hi,
+                        pointer<double>(alphas), pointer<double>(radii), fraction,            pointer<double>(workspace)};
+    call(kernel, args, where);
   });
 }
 
-// Defines module.name(loss, grad, grad_ref, logits, logits_ref, labels, soft, targets, rows, classes, dtype, threads).
-template <LossKernel kernel>
+template <auto kernel>
+void def_start(py::module_& m, const char* name) {
+  m.def(name, [](uintptr_t out, uintptr_t x, int64_t samples, int64_t size, int dtype, double eps, double lo, double hi,
+                 uintptr_t radii, uint64_t seed, uintptr_t where) {
+    const StartArgs args{pointer<void>(out), pointer<void>(x), samples, size, DType(dtype), eps, lo, hi,
+                         pointer<double>(radii), seed};
+    call(kernel, args, where);
+  });
+}
+
+template <auto kernel>
 void def_loss(py::module_& m, const char* name) {
   m.def(name, [](uintptr_t loss, uintptr_t grad, uintptr_t grad_ref, uintptr_t logits, uintptr_t logits_ref,
                  uintptr_t labels, uintptr_t soft, uintptr_t targets, int64_t rows, int64_t classes, int dtype,
-                 int threads) {
-    py::gil_scoped_release nogil;
-    kernel({pointer<void>(loss), pointer<void>(grad), pointer<void>(grad_ref), pointer<void>(logits),
-            pointer<void>(logits_ref), pointer<int64_t>(labels), pointer<void>(soft), pointer<int64_t>(targets), rows,
-            classes, DType(dtype)},
-           threads);
+                 uintptr_t where) {
+    const LossArgs args{pointer<void>(loss),       pointer<void>(grad),     pointer<void>(grad_ref), pointer<void>(logits),
+                        pointer<void>(logits_ref), pointer<int64_t>(labels), pointer<void>(soft),
+                        pointer<int64_t>(targets), rows, classes, DType(dtype)};
+    call(kernel, args, where);
+  });
+}
+
+// The choices of csrc/launch.h, as tests see them: needs neither a GPU nor a CUDA build.
+py::tuple as_tuple(const Launch& plan) {
+  return py::make_tuple(plan.blocks, plan.rows, plan.threads, plan.shared, plan.cluster);
+}
+
+void def_launches(py::module_ m) {
+  m.def("stream", [](int64_t rows, int64_t items) { return as_tuple(stream_launch(rows, items)); });
+  m.def("l2", [](int sms, int64_t shared, int cluster, int64_t samples, int64_t items, int64_t item_bytes) {
+    return as_tuple(l2_launch({sms, shared, cluster}, samples, items, item_bytes));
+  });
+  m.def("l2_sums", [](int64_t samples, int64_t items) { return as_tuple(l2_sums_launch(samples, items)); });
+  m.def("l1", [](int64_t samples, int64_t size) { return as_tuple(l1_launch(samples, size)); });
+  m.def("row", [](int64_t rows, int64_t classes, bool wide) {
+    const RowLaunch plan = row_launch(rows, classes, wide);
+    return py::make_tuple(as_tuple(plan.launch), plan.lanes, plan.items);
   });
 }
 
@@ -62,19 +89,8 @@ PYBIND11_MODULE(_C, m) {
 
   def_step<linf_step_cpu>(m, "linf_step");
   def_step<l2_step_cpu>(m, "l2_step");
-  m.def("l1_step", [](uintptr_t out, uintptr_t adv, uintptr_t grad, uintptr_t x, int64_t samples, int64_t size, int dtype,
-                      int grad_dtype, double alpha, double eps, double lo, double hi, uintptr_t alphas, uintptr_t radii,
-                      double fraction, int threads) {
-    py::gil_scoped_release nogil;
-    l1_step_cpu(step_args(out, adv, grad, x, samples, size, dtype, grad_dtype, alpha, eps, lo, hi, alphas, radii), fraction,
-                threads);
-  });
-
-  m.def("linf_start", [](uintptr_t out, uintptr_t x, int64_t samples, int64_t size, int dtype, double eps, double lo, double hi,
-                         uintptr_t radii, uint64_t seed, int threads) {
-    py::gil_scoped_release nogil;
-    linf_start_cpu(start_args(out, x, samples, size, dtype, eps, lo, hi, radii, seed), threads);
-  });
+  def_step<l1_step_cpu>(m, "l1_step");
+  def_start<linf_start_cpu>(m, "linf_start");
 
   def_loss<ce_cpu>(m, "ce");
   def_loss<log_odds_cpu>(m, "log_odds");
@@ -84,23 +100,28 @@ PYBIND11_MODULE(_C, m) {
   def_loss<kl_cpu>(m, "kl");
   def_loss<se_cpu>(m, "se");
 
+  def_launches(m.def_submodule("launches"));
+
   // The vectorised elementary functions, exposed so that tests can measure their error.
   m.def("exp", [](float x) { return exp_(x); });
   m.def("log", [](float x) { return log_(x); });
 
 #ifdef FASTADV_WITH_CUDA
-  m.def("linf_start_cuda", [](uintptr_t out, uintptr_t x, int64_t samples, int64_t size, int dtype, double eps, double lo,
-                              double hi, uintptr_t radii, uint64_t seed, uintptr_t stream) {
-    py::gil_scoped_release nogil;
-    linf_start_cuda(start_args(out, x, samples, size, dtype, eps, lo, hi, radii, seed), pointer<void>(stream));
+  def_step<linf_step_cuda>(m, "linf_step_cuda");
+  def_step<l2_step_cuda>(m, "l2_step_cuda");
+  def_step<l1_step_cuda>(m, "l1_step_cuda");
+  def_start<linf_start_cuda>(m, "linf_start_cuda");
+  m.def("l2_workspace_cuda", [](int64_t samples, int64_t size, int dtype, int grad_dtype) {
+    return l2_workspace_cuda(samples, size, DType(dtype), DType(grad_dtype));
   });
-  m.def("linf_step_cuda", [](uintptr_t out, uintptr_t adv, uintptr_t grad, uintptr_t x, int64_t samples, int64_t size,
-                             int dtype, int grad_dtype, double alpha, double eps, double lo, double hi, uintptr_t alphas,
-                             uintptr_t radii, uintptr_t stream) {
-    py::gil_scoped_release nogil;
-    linf_step_cuda(step_args(out, adv, grad, x, samples, size, dtype, grad_dtype, alpha, eps, lo, hi, alphas, radii),
-                   pointer<void>(stream));
-  });
+
+  def_loss<ce_cuda>(m, "ce_cuda");
+  def_loss<log_odds_cuda>(m, "log_odds_cuda");
+  def_loss<margin_cuda>(m, "margin_cuda");
+  def_loss<dlr_cuda>(m, "dlr_cuda");
+  def_loss<dlr_targeted_cuda>(m, "dlr_targeted_cuda");
+  def_loss<kl_cuda>(m, "kl_cuda");
+  def_loss<se_cuda>(m, "se_cuda");
 #endif
 
   py::dict info;

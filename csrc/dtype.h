@@ -1,6 +1,6 @@
 // Storage types and their arithmetic types: what lies in memory may be fp32, fp64, bf16 or fp16; what is computed is fp32
 // (fp64 for fp64). The half formats are plain bit patterns converted by branch-free integer code, so loops over them
-// vectorise on every compiler and the same code serves host and device.
+// vectorise on every compiler; on a GPU by its own instructions, which round the same (a NaN may differ in its bits).
 #pragma once
 
 #include <stdexcept>
@@ -40,10 +40,16 @@ FASTADV_FN float load(bf16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); 
 
 // The exponent bias differs by 112: a multiplication by 2^112 re-biases normal and subnormal halves alike.
 FASTADV_FN float load(f16 v) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
+  return wide;
+#else
   const uint32_t magnitude = uint32_t(v.bits & 0x7fff) << 13;
   const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 5.192296858534828e33f);
   const uint32_t infinite_or_nan = magnitude | 0x7f800000;
   return bit_cast<float>(((v.bits & 0x7c00) == 0x7c00 ? infinite_or_nan : finite) | uint32_t(v.bits & 0x8000) << 16);
+#endif
 }
 
 FASTADV_FN void store(float& to, float v) { to = v; }
@@ -51,12 +57,19 @@ FASTADV_FN void store(double& to, double v) { to = v; }
 
 // Round to nearest, ties to even; every NaN becomes the quiet one that torch writes.
 FASTADV_FN void store(bf16& to, float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(v));
+#else
   const uint32_t bits = bit_cast<uint32_t>(v);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   to.bits = uint16_t(v == v ? rounded : 0x7fc0);
+#endif
 }
 
 FASTADV_FN void store(f16& to, float v) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(v));
+#else
   const uint32_t bits = bit_cast<uint32_t>(v);
   const uint32_t magnitude = bits & 0x7fffffff;
   // Subnormal halves: adding 0.5 shifts the mantissa so that the addition itself rounds to the half's last place.
@@ -65,6 +78,7 @@ FASTADV_FN void store(f16& to, float v) {
   const uint32_t overflow = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
   const uint32_t half = magnitude >= 0x47800000 ? overflow : magnitude < 0x38800000 ? subnormal : normal;
   to.bits = uint16_t(half | (bits >> 16 & 0x8000));
+#endif
 }
 
 // Calls f with a value of the storage type that `dtype` names.

@@ -33,4 +33,13 @@ void kl_cpu(const LossArgs& args, int threads);
 // Squared distance between the two softmaxes.
 void se_cpu(const LossArgs& args, int threads);
 
+// The same on a GPU. There a label outside [0, classes) turns its row's loss and gradient into NaN: nobody waits to refuse it.
+void ce_cuda(const LossArgs& args, void* stream);
+void log_odds_cuda(const LossArgs& args, void* stream);
+void margin_cuda(const LossArgs& args, void* stream);
+void dlr_cuda(const LossArgs& args, void* stream);
+void dlr_targeted_cuda(const LossArgs& args, void* stream);
+void kl_cuda(const LossArgs& args, void* stream);
+void se_cuda(const LossArgs& args, void* stream);
+
 }  // namespace fastadv

@@ -1,116 +1,384 @@
 // CUDA kernels of the step family.
 //
-//   linf  one pass: read adv, grad, x, write out, 16 bytes per fp32 element, the least any step can move. Pure streaming:
-//         each thread moves 16 bytes per load, the three loads of an element group are independent and so in flight at
-//         once, and the grid strides over a row. A row is the whole batch where the scalars are shared, else one sample.
-//   start one pass: read x, write out; a thread draws the four words of one counter and uses them on four neighbours.
+//   linf   one pass: read adv, grad, x, write out, 16 bytes per fp32 element, the least any step can move. Pure streaming:
+//          each thread moves 16 bytes per load, and its three loads are independent and so in flight at once. A row is the
+//          whole batch where the scalars are shared, else one sample.
+//   start  one pass: read x, write out; a thread draws the four words of one counter and uses them on four neighbours.
+//   l2     16 bytes again where a sample fits on chip: a block, or a cluster of blocks, keeps it in shared memory between the
+//          three sums that fix the step and the update. Otherwise 28: partial sums by chunks, then an elementwise pass.
+//   l1     a block a sample. The selection reads it once for each byte of the threshold, the projection a dozen times; all but
+//          the first come from cache.
 //
-// l2 and l1 run on the GPU through the reference until their kernels are written.
-#include <stdexcept>
-#include <string>
+// No kernel waits for the host, and none adds floats with atomics: results are the same bits in every run.
 
-#include <cuda_runtime.h>
-
+#include "cuda.h"
 #include "step.h"
 
 namespace fastadv {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerRow = 4096;  // enough to fill any GPU; larger rows are strided
-constexpr int kMaxGridRows = 65535;
+template <class S>
+constexpr int kWidth = 16 / sizeof(S);  // elements in 16 bytes
 
-template <class S, int kCount>
-struct alignas(sizeof(S) * kCount > 16 ? 16 : sizeof(S) * kCount) Pack {
-  S v[kCount];
+// kWidth neighbours of adv, grad and x.
+template <class S, class G>
+struct Item {
+  Pack<S, kWidth<S>> adv, x;
+  Pack<G, kWidth<S>> grad;
+
+  // Where there is no element, zeros: they change no sum.
+  __device__ Item() { memset(this, 0, sizeof(*this)); }
+
+  template <class F>
+  __device__ Pack<S, kWidth<S>> apply(const F& f) const {
+    Pack<S, kWidth<S>> out;
+#pragma unroll
+    for (int k = 0; k < kWidth<S>; ++k) store(out.v[k], f(load(adv.v[k]), load(grad.v[k]), load(x.v[k])));
+    return out;
+  }
 };
 
-template <class S, class G, int kPack>
-__global__ void __launch_bounds__(kThreads) linf_step_kernel(StepArgs args, int64_t rows, int64_t packs_per_row) {
+// A row as items, read and written 16 bytes at once; element by element where memory is not aligned, and at the row's end.
+template <class S, class G>
+struct Items {
+  S* out;
+  const S *adv, *x;
+  const G* grad;
+  int64_t size;
+  bool vectorised;
+
+  __device__ Items(const StepArgs& args, int64_t offset, int64_t size, bool vectorised)
+      : out(static_cast<S*>(args.out) + offset),
+        adv(static_cast<const S*>(args.adv) + offset),
+        x(static_cast<const S*>(args.x) + offset),
+        grad(static_cast<const G*>(args.grad) + offset),
+        size(size),
+        vectorised(vectorised) {}
+
+  __device__ int64_t count() const { return ceil_div(size, kWidth<S>); }
+  __device__ bool at_once(int64_t first) const { return vectorised && first + kWidth<S> <= size; }
+
+  __device__ Item<S, G> read(int64_t i) const {
+    const int64_t first = i * kWidth<S>;
+    Item<S, G> item;
+    if (at_once(first)) {
+      item.adv = *reinterpret_cast<const Pack<S, kWidth<S>>*>(adv + first);
+      item.grad = *reinterpret_cast<const Pack<G, kWidth<S>>*>(grad + first);
+      item.x = *reinterpret_cast<const Pack<S, kWidth<S>>*>(x + first);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWidth<S>; ++k) {
+        if (first + k >= size) continue;
+        item.adv.v[k] = adv[first + k];
+        item.grad.v[k] = grad[first + k];
+        item.x.v[k] = x[first + k];
+      }
+    }
+    return item;
+  }
+
+  __device__ void write(int64_t i, const Pack<S, kWidth<S>>& item) const {
+    const int64_t first = i * kWidth<S>;
+    if (at_once(first)) {
+      *reinterpret_cast<Pack<S, kWidth<S>>*>(out + first) = item;
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWidth<S>; ++k)
+        if (first + k < size) out[first + k] = item.v[k];
+    }
+  }
+};
+
+// Are rows of this size where 16-byte loads should be?
+template <class S, class G>
+bool vectorisable(const StepArgs& args, int64_t rows, int64_t row_size) {
+  return (rows == 1 || row_size % kWidth<S> == 0) && aligned(args.out, 16) && aligned(args.adv, 16) && aligned(args.x, 16) &&
+         aligned(args.grad, alignof(Pack<G, kWidth<S>>));
+}
+
+// ---------------------------------------------------------------------------------------------------------------- linf
+
+template <class S, class G>
+__global__ void __launch_bounds__(kStreamThreads) linf_step_kernel(StepArgs args, int64_t rows, int64_t row_size, bool vectorised) {
   using T = arithmetic_t<S>;
-  const auto* adv = static_cast<const Pack<S, kPack>*>(args.adv);
-  const auto* grad = static_cast<const Pack<G, kPack>*>(args.grad);
-  const auto* x = static_cast<const Pack<S, kPack>*>(args.x);
-  auto* out = static_cast<Pack<S, kPack>*>(args.out);
+  const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
     const LinfStep<T> step{T(args.alpha_of(row)), T(args.eps_of(row)), T(args.lo), T(args.hi)};
-    const int64_t base = row * packs_per_row;
-    for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < packs_per_row; i += int64_t(gridDim.x) * kThreads) {
-      const auto a = adv[base + i];
-      const auto g = grad[base + i];
-      const auto c = x[base + i];
-      Pack<S, kPack> o;
-#pragma unroll
-      for (int k = 0; k < kPack; ++k) store(o.v[k], step(load(a.v[k]), load(g.v[k]), load(c.v[k])));
-      out[base + i] = o;
-    }
+    const Items<S, G> items(args, row * row_size, row_size, vectorised);
+    for (int64_t i = first; i < items.count(); i += stride) items.write(i, items.read(i).apply(step));
   }
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) linf_start_kernel(StartArgs args) {
+__global__ void __launch_bounds__(kStreamThreads) linf_start_kernel(StartArgs args, bool vectorised) {
   using T = arithmetic_t<S>;
+  const int64_t counters = ceil_div(args.size, 4);
+  const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
     const LinfStart<T> f{T(args.radii ? args.radii[sample] : args.eps), T(args.lo), T(args.hi)};
     const S* x = static_cast<const S*>(args.x) + sample * args.size;
     S* out = static_cast<S*>(args.out) + sample * args.size;
-    const int64_t counters = (args.size + 3) / 4;
-    for (int64_t c = blockIdx.x * int64_t(kThreads) + threadIdx.x; c < counters; c += int64_t(gridDim.x) * kThreads) {
+    for (int64_t c = first; c < counters; c += stride) {
       const Words w = philox(args.seed, uint32_t(c), uint32_t(c >> 32), uint32_t(sample), uint32_t(sample >> 32));
+      if (vectorised) {
+        const auto from = reinterpret_cast<const Pack<S, 4>*>(x)[c];
+        Pack<S, 4> to;
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        if (4 * c + k < args.size) store(out[4 * c + k], f(w.word[k], load(x[4 * c + k])));
+        for (int k = 0; k < 4; ++k) store(to.v[k], f(w.word[k], load(from.v[k])));
+        reinterpret_cast<Pack<S, 4>*>(out)[c] = to;
+      } else {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (4 * c + k < args.size) store(out[4 * c + k], f(w.word[k], load(x[4 * c + k])));
+      }
     }
   }
 }
 
-dim3 grid_for(int64_t rows, int64_t items_per_row) {
-  const int64_t blocks = (items_per_row + kThreads - 1) / kThreads;
-  return dim3(unsigned(blocks < kBlocksPerRow ? blocks : kBlocksPerRow), unsigned(rows < kMaxGridRows ? rows : kMaxGridRows));
+// ------------------------------------------------------------------------------------------------------------------ l2
+
+// <d,d>, <d,g>, <g,g>, d = adv - x. In double, as on the CPU: squares of small fp32 gradients would underflow to 0.
+struct L2Sums {
+  double dd, dg, gg;
+
+  template <class S, class G>
+  __device__ void add(const Item<S, G>& item) {
+#pragma unroll
+    for (int k = 0; k < kWidth<S>; ++k) {
+      const double d = double(load(item.adv.v[k])) - double(load(item.x.v[k])), g = double(load(item.grad.v[k]));
+      dd += d * d;
+      dg += d * g;
+      gg += g * g;
+    }
+  }
+};
+
+__device__ inline L2Sums operator+(const L2Sums& a, const L2Sums& b) { return {a.dd + b.dd, a.dg + b.dg, a.gg + b.gg}; }
+
+// The sum over the blocks of a cluster, in the order of their ranks.
+__device__ inline L2Sums cluster_sum(const L2Sums& mine, int cluster) {
+  if (cluster == 1) return mine;
+  __shared__ double shown[3];
+  if (threadIdx.x == 0) {
+    shown[0] = mine.dd;
+    shown[1] = mine.dg;
+    shown[2] = mine.gg;
+  }
+  cluster_barrier();
+  L2Sums sum{0.0, 0.0, 0.0};
+  for (int rank = 0; rank < cluster; ++rank)
+    sum = sum + L2Sums{cluster_read(shown, rank), cluster_read(shown + 1, rank), cluster_read(shown + 2, rank)};
+  cluster_barrier();  // nobody overwrites its sums, or ends, while others read them
+  return sum;
 }
 
-void check_launch(const char* name) {
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
-    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+template <class S>
+__device__ L2Step<arithmetic_t<S>> l2_step_of(const StepArgs& args, int64_t sample, const L2Sums& sums) {
+  using T = arithmetic_t<S>;
+  return L2Step<T>::from_sums(sums.dd, sums.dg, sums.gg, args.alpha_of(sample), args.eps_of(sample), T(args.lo), T(args.hi));
 }
 
-bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+// One cluster a sample; a block keeps its share of adv, grad and x in shared memory. Each thread reads back only what it
+// wrote there itself, so that needs no barrier.
+template <class S, class G>
+__global__ void __launch_bounds__(kMaxThreads, 1) l2_on_chip_kernel(StepArgs args, int cluster, bool vectorised) {
+  const int64_t count = ceil_div(args.size, kWidth<S>), share = ceil_div(count, cluster);
+  const int64_t begin = least(cluster_rank() * share, count), end = least(begin + share, count);
+  auto* kept = dynamic_shared<Item<S, G>>();
+  for (int64_t sample = blockIdx.x / cluster; sample < args.samples; sample += gridDim.x / cluster) {
+    const Items<S, G> items(args, sample * args.size, args.size, vectorised);
+    L2Sums sums{0.0, 0.0, 0.0};
+#pragma unroll 2
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+      const Item<S, G> item = items.read(i);
+      kept[i - begin] = item;
+      sums.add(item);
+    }
+    const auto step = l2_step_of<S>(args, sample, cluster_sum(Group(0).reduce(sums, Plus()), cluster));
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) items.write(i, kept[i - begin].apply(step));
+  }
+}
 
-template <class S, class G, int kPack>
-void launch_linf(const StepArgs& args, int64_t rows, int64_t row_size, cudaStream_t stream) {
-  const int64_t packs = row_size / kPack;
-  linf_step_kernel<S, G, kPack><<<grid_for(rows, packs), kThreads, 0, stream>>>(args, rows, packs);
+// Samples too large for that: gridDim.x blocks sum a sample into args.workspace [samples, chunks, 3] ...
+template <class S, class G>
+__global__ void __launch_bounds__(kStreamThreads, 1) l2_sums_kernel(StepArgs args, bool vectorised) {
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
+    const Items<S, G> items(args, sample * args.size, args.size, vectorised);
+    L2Sums sums{0.0, 0.0, 0.0};
+#pragma unroll 2
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < items.count(); i += stride) sums.add(items.read(i));
+    sums = Group(0).reduce(sums, Plus());
+    double* partial = args.workspace + 3 * (sample * gridDim.x + blockIdx.x);
+    if (threadIdx.x == 0) {
+      partial[0] = sums.dd;
+      partial[1] = sums.dg;
+      partial[2] = sums.gg;
+    }
+  }
+}
+
+// ... and every block of the second pass adds them up for itself, in one order, before it moves its elements.
+template <class S, class G>
+__global__ void __launch_bounds__(kStreamThreads, 1) l2_apply_kernel(StepArgs args, int chunks, bool vectorised) {
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
+    const double* partial = args.workspace + 3 * sample * chunks;
+    L2Sums sums{0.0, 0.0, 0.0};
+    for (int c = threadIdx.x; c < chunks; c += blockDim.x)
+      sums = sums + L2Sums{partial[3 * c], partial[3 * c + 1], partial[3 * c + 2]};
+    const auto step = l2_step_of<S>(args, sample, Group(0).reduce(sums, Plus()));
+    const Items<S, G> items(args, sample * args.size, args.size, vectorised);
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < items.count(); i += stride)
+      items.write(i, items.read(i).apply(step));
+  }
 }
 
 template <class S, class G>
-void linf_step_typed(const StepArgs& args, cudaStream_t stream) {
-  const bool one_step_for_all = !args.alphas && !args.radii;
-  const int64_t rows = one_step_for_all ? 1 : args.samples;
-  const int64_t row_size = one_step_for_all ? args.samples * args.size : args.size;
-  if (rows == 0 || row_size == 0) return;
-  constexpr int kPack = 16 / sizeof(S);
-  const bool vectorised = row_size % kPack == 0 && aligned(args.out, 16) && aligned(args.adv, 16) && aligned(args.x, 16) &&
-                          aligned(args.grad, alignof(Pack<G, kPack>));
-  if (vectorised)
-    launch_linf<S, G, kPack>(args, rows, row_size, stream);
-  else
-    launch_linf<S, G, 1>(args, rows, row_size, stream);
+Launch l2_on_chip_launch(int64_t samples, int64_t size) {
+  return l2_launch(current_device(), samples, ceil_div(size, kWidth<S>), sizeof(Item<S, G>));
+}
+
+template <class S, class G>
+void launch_l2(const StepArgs& args, void* stream) {
+  const bool vectorised = vectorisable<S, G>(args, args.samples, args.size);
+  if (const Launch plan = l2_on_chip_launch<S, G>(args.samples, args.size); plan.threads)
+    return launch("l2_step", plan, stream, l2_on_chip_kernel<S, G>, args, plan.cluster, vectorised);
+  const int64_t items = ceil_div(args.size, kWidth<S>);
+  const Launch sums = l2_sums_launch(args.samples, items);
+  launch("l2_step", sums, stream, l2_sums_kernel<S, G>, args, vectorised);
+  launch("l2_step", stream_launch(args.samples, items), stream, l2_apply_kernel<S, G>, args, int(sums.blocks), vectorised);
+}
+
+// ------------------------------------------------------------------------------------------------------------------ l1
+
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = uint32_t;
+};
+template <>
+struct Bits<double> {
+  using type = uint64_t;
+};
+
+// The `wanted`-th largest of the non-negative values value(i), i < size, whose bits are ordered as they are: digit by digit
+// from the top, counting the values that share the digits found so far. Counts are integers, so atomics leave no trace.
+template <class T, class Value>
+__device__ T select_largest(int64_t size, int64_t wanted, const Value& value) {
+  using B = typename Bits<T>::type;
+  __shared__ uint32_t count[256];
+  __shared__ int digit;
+  __shared__ int64_t above;  // values whose digit here is larger than the one chosen
+  B found = 0;
+  for (int shift = 8 * int(sizeof(B)) - 8; shift >= 0; shift -= 8) {
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) count[i] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
+      const B bits = bit_cast<B>(value(i));
+      if (((bits ^ found) >> shift >> 8) == 0) atomicAdd(&count[(bits >> shift) & 255], 1u);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int64_t passed = 0;
+      int d = 255;
+      while (d > 0 && passed + count[d] < wanted) passed += count[d--];
+      digit = d;
+      above = passed;
+    }
+    __syncthreads();
+    found |= B(digit) << shift;
+    wanted -= above;
+    __syncthreads();  // before `count` and `digit` are written again
+  }
+  return bit_cast<T>(found);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads, 1) l1_step_kernel(StepArgs args) {
+  const int64_t size = args.size;
+  const int64_t moved = least(size, most(1, int64_t(args.fraction * double(size))));
+  const Group block(0);
+  for (int64_t sample = block.first_row(); sample < args.samples; sample += block.row_stride()) {
+    const auto memory = [&](const void* data, DType dtype) { return Memory<T>{const_cast<void*>(data), dtype}; };
+    const auto adv = [&](int64_t i) { return memory(args.adv, args.dtype).get(sample * size + i); };
+    const auto grad = [&](int64_t i) { return memory(args.grad, args.grad_dtype).get(sample * size + i); };
+    const auto x = [&](int64_t i) { return memory(args.x, args.dtype).get(sample * size + i); };
+    // sum over the sample of f(i), the same in all threads
+    const auto sum = [&](auto zero, const auto& f) {
+      for (int64_t i = threadIdx.x; i < size; i += blockDim.x) zero = zero + f(i);
+      return block.reduce(zero, Plus());
+    };
+
+    const double alpha = args.alpha_of(sample);
+    L1Move<T> move{T(alpha), T(0), T(args.lo), T(args.hi)};
+    const auto pull = [&](int64_t i) { return move.pull(adv(i), grad(i)); };
+    // Ties may select more than `moved`; elements without any pull are never among them.
+    move.threshold = larger(select_largest<T>(size, moved, pull), bit_cast<T>(typename Bits<T>::type(1)));
+    const int64_t movers = sum(int64_t(0), [&](int64_t i) { return int64_t(pull(i) >= move.threshold); });
+    move.step = movers ? T(alpha / double(movers)) : T(0);
+
+    const auto u = [&](int64_t i) { return move(adv(i), grad(i), x(i)); };
+    const auto reach = [&] {
+      T largest = T(0);
+      for (int64_t i = threadIdx.x; i < size; i += blockDim.x) largest = larger(largest, u(i) < T(0) ? -u(i) : u(i));
+      return block.reduce(largest, Larger());
+    };
+    const auto length_at = [&](T shrink) {
+      const L1Project<T> project{shrink, T(args.lo), T(args.hi)};
+      return sum(L1Length{0.0, 0}, [&](int64_t i) { return project.length_of(u(i), x(i)); });
+    };
+    const T shrink = l1_shrink<T>(args.eps_of(sample), length_at, reach);
+    const L1Project<T> project{shrink, T(args.lo), T(args.hi)};
+    for (int64_t i = threadIdx.x; i < size; i += blockDim.x)
+      memory(args.out, args.dtype).set(sample * size + i, project(u(i), x(i)));
+  }
 }
 
 }  // namespace
 
-void linf_step_cuda(const StepArgs& args, void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
-  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) { linf_step_typed<decltype(s), decltype(g)>(args, stream); });
-  check_launch("linf_step");
+// ------------------------------------------------------------------------------------------------------------ launches
+
+void linf_step_cuda(const StepArgs& args, void* stream) {
+  const bool one_step_for_all = !args.alphas && !args.radii;
+  const int64_t rows = one_step_for_all ? 1 : args.samples;
+  const int64_t row_size = one_step_for_all ? args.samples * args.size : args.size;
+  if (rows == 0 || row_size == 0) return;
+  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) {
+    using S = decltype(s);
+    using G = decltype(g);
+    launch("linf_step", stream_launch(rows, ceil_div(row_size, kWidth<S>)), stream, linf_step_kernel<S, G>, args, rows, row_size,
+           vectorisable<S, G>(args, rows, row_size));
+  });
 }
 
-void linf_start_cuda(const StartArgs& args, void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
+void linf_start_cuda(const StartArgs& args, void* stream) {
   if (args.samples == 0 || args.size == 0) return;
-  const dim3 grid = grid_for(args.samples, (args.size + 3) / 4);
-  dispatch(args.dtype, [&](auto s) { linf_start_kernel<decltype(s)><<<grid, kThreads, 0, stream>>>(args); });
-  check_launch("linf_start");
+  const Launch plan = stream_launch(args.samples, ceil_div(args.size, 4));
+  dispatch(args.dtype, [&](auto s) {
+    using S = decltype(s);
+    constexpr size_t alignment = alignof(Pack<S, 4>);
+    const bool vectorised = args.size % 4 == 0 && aligned(args.out, alignment) && aligned(args.x, alignment);
+    launch("linf_start", plan, stream, linf_start_kernel<S>, args, vectorised);
+  });
+}
+
+void l2_step_cuda(const StepArgs& args, void* stream) {
+  if (args.samples == 0 || args.size == 0) return;
+  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) { launch_l2<decltype(s), decltype(g)>(args, stream); });
+}
+
+int64_t l2_workspace_cuda(int64_t samples, int64_t size, DType dtype, DType grad_dtype) {
+  bool fits = true;
+  dispatch(dtype, grad_dtype, [&](auto s, auto g) { fits = l2_on_chip_launch<decltype(s), decltype(g)>(samples, size).threads; });
+  return fits ? 0 : 3 * kL2Chunks * samples;
+}
+
+void l1_step_cuda(const StepArgs& args, void* stream) {
+  if (args.samples == 0 || args.size == 0) return;
+  const auto kernel = args.dtype == DType::f64 ? l1_step_kernel<double> : l1_step_kernel<float>;
+  launch("l1_step", l1_launch(args.samples, args.size), stream, kernel, args);
 }
 
 }  // namespace fastadv

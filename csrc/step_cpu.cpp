@@ -113,44 +113,24 @@ FASTADV_MULTIVERSION void l1_project(const T* u, const S* x, S* out, int64_t siz
   for (int64_t i = 0; i < size; ++i) store(out[i], project(u[i], load(x[i])));
 }
 
-// |projection|_1 for a given shrink, and how many coordinates still slide with it.
-struct L1Length {
-  double total = 0;
-  int64_t sliding = 0;
-};
-
 template <class S, class T>
 FASTADV_MULTIVERSION void l1_length(const T* u, const S* x, int64_t size, L1Project<T> project, L1Length& result) {
   double total = 0;
   int64_t sliding = 0;
 #pragma omp simd reduction(+ : total, sliding)
   for (int64_t i = 0; i < size; ++i) {
-    const T at = load(x[i]), length = project.length(u[i], at);
-    total += length;
-    sliding += length > T(0) && length < project.room(u[i], at);
+    const L1Length at = project.length_of(u[i], load(x[i]));
+    total += at.total;
+    sliding += at.sliding;
   }
   result = {total, sliding};
 }
 
-// The shrink that brings |projection|_1 down to eps. The length falls piecewise linearly in shrink: Newton's step is exact
-// on the last piece, and bisection guards it before. A dozen passes over a sample in cache beat sorting 2 x size corners.
-template <class S, class T>
-T l1_shrink(const T* u, const S* x, int64_t size, double eps, T lo, T hi) {
-  L1Length at;
-  l1_length(u, x, size, L1Project<T>{T(0), lo, hi}, at);
-  if (!(at.total > eps)) return T(0);
-  T low = T(0), high = T(0), shrink = T(0);
-  for (int64_t i = 0; i < size; ++i) high = larger(high, u[i] < T(0) ? -u[i] : u[i]);
-  for (int pass = 0; pass < 128; ++pass) {
-    const T newton = at.sliding ? T(double(shrink) + (at.total - eps) / double(at.sliding)) : low;
-    const T next = newton > low && newton < high ? newton : low + (high - low) / T(2);
-    if (next == shrink || next <= low || next >= high) break;
-    shrink = next;
-    l1_length(u, x, size, L1Project<T>{shrink, lo, hi}, at);
-    (at.total > eps ? low : high) = shrink;
-    if (at.total == eps) break;
-  }
-  return at.total > eps ? high : shrink;
+template <class T>
+T largest_size(const T* u, int64_t size) {
+  T largest = T(0);
+  for (int64_t i = 0; i < size; ++i) largest = larger(largest, u[i] < T(0) ? -u[i] : u[i]);
+  return largest;
 }
 
 }  // namespace
@@ -206,12 +186,12 @@ void l2_step_cpu(const StepArgs& args, int threads) {
   });
 }
 
-void l1_step_cpu(const StepArgs& args, double fraction, int threads) {
+void l1_step_cpu(const StepArgs& args, int threads) {
   dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) {
     using S = decltype(s);
     using T = arithmetic_t<S>;
     const int64_t size = args.size;
-    const int64_t moved = std::min(size, std::max(int64_t(1), int64_t(fraction * double(size))));
+    const int64_t moved = std::min(size, std::max(int64_t(1), int64_t(args.fraction * double(size))));
     parallel_chunks(args.samples, rows_per_chunk(size), threads, [&](int64_t begin, int64_t end) {
       std::vector<T> pull(size), selected(size), u(size);
       const T lo = T(args.lo), hi = T(args.hi);
@@ -226,7 +206,12 @@ void l1_step_cpu(const StepArgs& args, double fraction, int threads) {
         const int64_t movers = count_at_least(pull.data(), move.threshold, size);
         move.step = movers ? T(args.alpha_of(i) / double(movers)) : T(0);
         l1_move(piece, move, u.data());
-        const T shrink = l1_shrink(u.data(), piece.x, size, args.eps_of(i), lo, hi);
+        const auto length_at = [&](T shrink) {
+          L1Length length;
+          l1_length(u.data(), piece.x, size, L1Project<T>{shrink, lo, hi}, length);
+          return length;
+        };
+        const T shrink = l1_shrink<T>(args.eps_of(i), length_at, [&] { return largest_size(u.data(), size); });
         l1_project(u.data(), piece.x, piece.out, size, L1Project<T>{shrink, lo, hi});
       }
     });

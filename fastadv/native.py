@@ -7,6 +7,7 @@ then says why, and fastadv.ops falls back.
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -68,11 +69,26 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
+
+
+def _device_of(t: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of ``t`` current, where it is a GPU and is not."""
+    if not _on_gpu(t) or t.get_device() == torch.cuda.current_device():
+        return _NO_CHANGE
+    return torch.cuda.device(t.get_device())
+
+
+_NO_CHANGE = nullcontext()
+
+
 def _launch(name: str, on: Tensor, *arguments: float) -> None:
     """Calls the kernel for the device of ``on``: CPU kernels take a number of threads last, CUDA kernels a stream."""
-    if on.is_cuda:
-        with torch.cuda.device(on.device):
-            getattr(_C, f"{name}_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
+    if _on_gpu(on):
+        with _device_of(on):
+            # The raw stream, as Triton and Inductor ask for it: the public call wraps it in an object, which costs as much as a launch.
+            getattr(_C, f"{name}_cuda")(*arguments, torch._C._cuda_getCurrentRawStream(on.get_device()))
     else:
         getattr(_C, name)(*arguments, torch.get_num_threads())
 
@@ -87,7 +103,7 @@ def _step(
     eps: Scalar,
     lo: float,
     hi: float,
-    *extra: float,
+    fraction: float = 0.0,
 ) -> None:
     if (adv.dtype, grad.dtype) not in _STEP_DTYPES:
         grad = grad.to(torch.promote_types(adv.dtype, torch.float32))
@@ -95,12 +111,16 @@ def _step(
     alpha, alphas = float64_per_sample(alpha, adv)
     eps, radii = float64_per_sample(eps, adv)
     samples = adv.shape[0]
-    arguments = (
-        target.data_ptr(), adv.data_ptr(), grad.data_ptr(), x.data_ptr(),
-        samples, adv.numel() // samples if samples else 0, _DTYPES[adv.dtype], _DTYPES[grad.dtype],
-        alpha, eps, lo, hi, _address(alphas), _address(radii), *extra,
+    sizes = samples, adv.numel() // samples if samples else 0, _DTYPES[adv.dtype], _DTYPES[grad.dtype]
+    workspace = None
+    if name == "l2_step" and _on_gpu(adv):
+        with _device_of(adv):
+            doubles = _C.l2_workspace_cuda(*sizes)
+        workspace = torch.empty(doubles, dtype=torch.float64, device=adv.device) if doubles else None
+    _launch(
+        name, adv, target.data_ptr(), adv.data_ptr(), grad.data_ptr(), x.data_ptr(), *sizes,
+        alpha, eps, lo, hi, _address(alphas), _address(radii), fraction, _address(workspace),
     )  # fmt: skip
-    _launch(name, adv, *arguments)
     if target is not out:
         out.copy_(target)
 
@@ -147,9 +167,9 @@ def _loss(
     is_soft = y is not None and y.is_floating_point()
     soft = y.to(loss.dtype).contiguous() if y is not None and is_soft else None
     labels, target = None if is_soft else _int64(y), _int64(target)
-    getattr(_C, name)(
-        loss.data_ptr(), grad.data_ptr(), _address(grad_ref), logits.data_ptr(), _address(logits_ref),
-        _address(labels), _address(soft), _address(target), rows, classes, _DTYPES[logits.dtype], torch.get_num_threads(),
+    _launch(
+        name, logits, loss.data_ptr(), grad.data_ptr(), _address(grad_ref), logits.data_ptr(), _address(logits_ref),
+        _address(labels), _address(soft), _address(target), rows, classes, _DTYPES[logits.dtype],
     )  # fmt: skip
 
 

@@ -1,0 +1,236 @@
+// What the CUDA kernels share: vectors of memory, reductions over the threads that share a row, launches.
+//
+// The same sources are compiled by g++ for tests, where tests/cuda_host/cuda_runtime.h runs the threads of a block as fibers.
+// What needs hardware (clusters, dynamic shared memory) is one small function each, with a portable twin.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "dtype.h"
+#include "launch.h"
+
+namespace fastadv {
+
+// -------------------------------------------------------------------------------------------------------------- memory
+
+// kCount neighbouring elements that move in one instruction: of 16 bytes, or less where one of two types is narrower.
+template <class S, int kCount>
+struct alignas(sizeof(S) * kCount > 16 ? 16 : sizeof(S) * kCount) Pack {
+  S v[kCount];
+};
+
+constexpr int kVector = 4;  // neighbours that Memory moves at once: 16 bytes of fp32, 8 of a half format
+
+// Memory in one of the storage types that are computed in T, known when the kernel runs: one branch a load, the same for all
+// threads, for a third of the code to compile. Streaming kernels, which do little else than load, are compiled type by type.
+template <class T>
+struct Memory {
+  void* data;
+  DType dtype;
+
+  // Calls f with the data, typed.
+  template <class F>
+  __device__ void typed(const F& f) const {
+    if constexpr (sizeof(T) == 8) f(static_cast<double*>(data));
+    else if (dtype == DType::f32) f(static_cast<float*>(data));
+    else if (dtype == DType::bf16) f(static_cast<bf16*>(data));
+    else f(static_cast<f16*>(data));
+  }
+  __device__ T get(int64_t at) const {
+    T value;
+    typed([&](const auto* p) { value = load(p[at]); });
+    return value;
+  }
+  __device__ void set(int64_t at, T value) const {
+    typed([&](auto* p) { store(p[at], value); });
+  }
+  // kVector neighbours: all at once, or the `count` that there are one by one; `nothing` for the others.
+  __device__ void get(int64_t at, bool at_once, int count, T nothing, T* values) const {
+    typed([&](const auto* p) {
+      using Vector = Pack<std::remove_cv_t<std::remove_reference_t<decltype(*p)>>, kVector>;
+      if (at_once) {
+        const Vector vector = *reinterpret_cast<const Vector*>(p + at);
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) values[v] = load(vector.v[v]);
+      } else {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) values[v] = v < count ? load(p[at + v]) : nothing;
+      }
+    });
+  }
+  __device__ void set(int64_t at, bool at_once, int count, const T* values) const {
+    typed([&](auto* p) {
+      if (at_once) {
+        Pack<std::remove_reference_t<decltype(*p)>, kVector> vector;
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) store(vector.v[v], values[v]);
+        *reinterpret_cast<decltype(vector)*>(p + at) = vector;
+      } else {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v)
+          if (v < count) store(p[at + v], values[v]);
+      }
+    });
+  }
+};
+
+inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// A block's dynamic shared memory, 16-byte aligned.
+template <class T>
+__device__ T* dynamic_shared() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+#else
+  return static_cast<T*>(cuda_host::dynamic_shared());
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------- reductions
+
+// v of the lane `offset` away, of any trivially copyable type.
+template <class T>
+__device__ T shuffle_xor(unsigned mask, T v, int offset) {
+  static_assert(sizeof(T) % 4 == 0, "shuffles move words");
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &v, sizeof(T));
+#pragma unroll
+  for (uint32_t& word : words) word = __shfl_xor_sync(mask, word, offset);
+  memcpy(&v, words, sizeof(T));
+  return v;
+}
+
+// The threads that share a row: `lanes` neighbours in a warp (a power of two), or a whole block. Every thread gets the result of
+// a reduction: the butterfly and the loop add the same numbers in the same order for all, so all have the same bits.
+class Group {
+ public:
+  __device__ explicit Group(int lanes_or_0) : lanes_(lanes_or_0) {}  // 0: the block
+
+  __device__ int rank() const { return lanes_ ? int(threadIdx.x) % lanes_ : int(threadIdx.x); }
+  __device__ int size() const { return lanes_ ? lanes_ : int(blockDim.x); }
+  __device__ int64_t first_row() const { return lanes_ ? (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / lanes_ : blockIdx.x; }
+  __device__ int64_t row_stride() const { return lanes_ ? gridDim.x * int64_t(blockDim.x) / lanes_ : gridDim.x; }
+
+  template <class T, class Op>
+  __device__ T reduce(T v, const Op& op) const {
+    const int lanes = lanes_ ? lanes_ : kWarp;
+    const int first = int(threadIdx.x) % kWarp / lanes * lanes;  // other rows of the warp may have ended
+    const unsigned mask = (lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1) << first;
+    for (int offset = lanes / 2; offset > 0; offset /= 2) v = op(v, shuffle_xor(mask, v, offset));
+    const int warps = int(blockDim.x) / kWarp;
+    if (lanes_ || warps == 1) return v;
+
+    __shared__ T partial[kWarp];
+    if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = v;
+    __syncthreads();
+    v = partial[0];
+    for (int warp = 1; warp < warps; ++warp) v = op(v, partial[warp]);
+    __syncthreads();  // before the next reduction writes
+    return v;
+  }
+
+ private:
+  int lanes_;
+};
+
+struct Plus {
+  template <class T>
+  __device__ T operator()(const T& a, const T& b) const {
+    return a + b;
+  }
+};
+
+struct Larger {
+  template <class T>
+  __device__ T operator()(const T& a, const T& b) const {
+    return larger(a, b);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------ clusters
+// Blocks on neighbouring multiprocessors that read each other's shared memory, from sm_90 on. Elsewhere a cluster is a block.
+
+__device__ inline int cluster_rank() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+__device__ inline void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// *local of the block of that rank; `local` points to shared memory.
+__device__ inline double cluster_read(const double* local, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  double value;
+  const auto address = uint32_t(__cvta_generic_to_shared(local));
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(remote));
+  return value;
+#else
+  return rank == 0 ? *local : 0.0;
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------------ launches
+
+inline void check_cuda(const char* name, cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+// What the current device offers; asked once for each.
+inline const Device& current_device() {
+  constexpr int kDevices = 64;
+  static Device known[kDevices];
+  static std::once_flag asked[kDevices];
+  int index = 0;
+  check_cuda("cudaGetDevice", cudaGetDevice(&index));
+  if (index >= kDevices) throw std::runtime_error("fastadv knows 64 GPUs; the current one is number " + std::to_string(index));
+  std::call_once(asked[index], [index] {
+    int sms = 0, shared = 0, major = 0;
+    check_cuda("device", cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index));
+    check_cuda("device", cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    check_cuda("device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    known[index] = {sms, shared, major >= 9 ? 8 : 1};
+  });
+  return known[index];
+}
+
+// kernel<<<...>>>(arguments...), with clusters.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, const Launch& plan, void* stream, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  constexpr int64_t kSharedUnasked = 48 * 1024;
+  if (plan.shared > kSharedUnasked)
+    check_cuda(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          int(plan.shared)));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = unsigned(plan.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(plan.blocks), unsigned(plan.rows));
+  config.blockDim = dim3(unsigned(plan.threads));
+  config.dynamicSmemBytes = size_t(plan.shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = plan.cluster > 1 ? 1 : 0;
+  check_cuda(name, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+}  // namespace fastadv
