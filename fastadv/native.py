@@ -87,7 +87,7 @@ def _launch(name: str, on: Tensor, *arguments: float) -> None:
     """Calls the kernel for the device of ``on``: CPU kernels take a number of threads last, CUDA kernels a stream."""
     if _on_gpu(on):
         with _device_of(on):
-            # The raw stream, as Triton and Inductor ask for it: the public call wraps it in an object, which costs as much as a launch.
+            # The raw stream, as Triton and Inductor ask for it: the public call wraps it in an object, at the cost of a launch.
             getattr(_C, f"{name}_cuda")(*arguments, torch._C._cuda_getCurrentRawStream(on.get_device()))
     else:
         getattr(_C, name)(*arguments, torch.get_num_threads())

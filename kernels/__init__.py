@@ -3,6 +3,18 @@
 ``OPS`` maps the name of an op to the function that fastadv.ops calls.
 """
 
-from . import step
+from . import loss, step
 
-OPS = {"linf_step": step.linf_step}
+OPS = {
+    "linf_step": step.linf_step,
+    "linf_start": step.linf_start,
+    "l2_step": step.l2_step,
+    "l1_step": step.l1_step,
+    "ce": loss.ce,
+    "log_odds": loss.log_odds,
+    "margin": loss.margin,
+    "dlr": loss.dlr,
+    "dlr_targeted": loss.dlr_targeted,
+    "kl": loss.kl,
+    "se": loss.se,
+}

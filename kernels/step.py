@@ -1,12 +1,23 @@
 """Attack steps in Triton. Names: i_ program index, o_ offsets, m_ mask, b_ block of values, p_ pointer.
 
-linf  one pass: read adv, grad, x, write out, 16 bytes per fp32 element. A program handles BLOCK elements of one row; a row
-      is the whole batch where alpha and eps are shared, else one sample.
+linf   one pass: read adv, grad, x, write out, 16 bytes per fp32 element, the least any step can move. A program handles BLOCK
+       elements of one row; a row is the whole batch where alpha and eps are shared, else one sample.
+start  one pass: read x, write out, 8 bytes. The random words are computed: one Philox counter serves four neighbours.
+l2     a sample of up to 32 KiB stays in one program's registers between its three sums and the move they fix: 16 bytes. A
+       larger one takes two kernels, 28 bytes: partial sums, then the move, whose programs each add the partial sums up again
+       (in one order, hence all alike): cheaper than a third launch, and no atomics.
+l1     one program a sample. Both numbers that the step needs, the threshold on |grad| and the projection's shrink, are roots
+       of a count and of a length that fall monotonically; each pass of a search reads the sample, from cache if it fits.
+
+Offsets are 64-bit. Scalars are annotated fp64: Triton would pass a Python float as fp32, and fp64 images need all of it.
+Fused multiply-add is off in every launch, so that all backends round alike.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -16,54 +27,378 @@ from torch import Tensor
 from fastadv.memory import alike, float64_per_sample
 from fastadv.reference.step import Scalar
 
-BLOCK = 1024
-_MAX_GRID_ROWS = 65535
+from .common import arithmetic, on_chip, on_device_of, warps
+
+# ------------------------------------------------------------------------------------------------ what all steps are made of
 
 
-# Scalars are annotated fp64: Triton would pass a Python float as fp32, and fp64 images need all of it.
+@triton.jit
+def place(row_size, BLOCK: tl.constexpr):
+    """Which row, and which block of it, this program handles; 64-bit."""
+    blocks = tl.cdiv(row_size, BLOCK)
+    i = tl.program_id(0)
+    return (i // blocks).to(tl.int64), (i % blocks).to(tl.int64)
+
+
+@triton.jit
+def scalar(value, p_values, i_sample, DTYPE: tl.constexpr):
+    """The sample's own value where there is one a sample, else the shared one."""
+    if p_values is not None:
+        value = tl.load(p_values + i_sample)
+    return tl.full((), value, DTYPE)
+
+
+@triton.jit
+def load(p, o, m, ACC: tl.constexpr):
+    return tl.load(p + o, mask=m, other=0.0).to(ACC)
+
+
+# Comparisons, not min and max: a NaN value stays NaN, and a NaN gradient has sign 0, as in csrc/math.h.
+@triton.jit
+def clamp(b, lo, hi):
+    b = tl.where(b < lo, lo, b)
+    return tl.where(b > hi, hi, b)
+
+
+@triton.jit
+def sign(b, ACC: tl.constexpr):
+    return (b > 0).to(ACC) - (b < 0).to(ACC)
+
+
+# --------------------------------------------------------------------------------------------------------------------- linf
+
+
 @triton.jit
 def linf_step_kernel(
     p_out, p_adv, p_grad, p_x, p_alphas, p_radii,
-    alpha: tl.float64, eps: tl.float64, lo: tl.float64, hi: tl.float64, row_size, first_row,
-    ACC: tl.constexpr, ALPHAS: tl.constexpr, RADII: tl.constexpr, BLOCK: tl.constexpr,
+    alpha: tl.float64, eps: tl.float64, lo: tl.float64, hi: tl.float64, row_size, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_row = tl.program_id(1).to(tl.int64) + first_row
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i_row, i_block = place(row_size, BLOCK)
+    alpha, eps = scalar(alpha, p_alphas, i_row, ACC), scalar(eps, p_radii, i_row, ACC)
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
     m = o < row_size
     o += i_row * row_size
-    if ALPHAS:
-        alpha = tl.load(p_alphas + i_row)
-    if RADII:
-        eps = tl.load(p_radii + i_row)
-    alpha, eps = tl.full((), alpha, ACC), tl.full((), eps, ACC)
+    b_adv, b_grad, b_x = load(p_adv, o, m, ACC), load(p_grad, o, m, ACC), load(p_x, o, m, ACC)
+    b = clamp(b_adv + alpha * sign(b_grad, ACC), b_x - eps, b_x + eps)
+    tl.store(p_out + o, clamp(b, lo, hi).to(p_out.dtype.element_ty), mask=m)
+
+
+# The seed differs from call to call: specialising on its value would compile the kernel again.
+@triton.jit(do_not_specialize=["seed"])
+def linf_start_kernel(
+    p_out, p_x, p_radii, eps: tl.float64, lo: tl.float64, hi: tl.float64, seed: tl.int64, size,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_sample, i_block = place(size, BLOCK)
+    eps = scalar(eps, p_radii, i_sample, ACC)
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
-    b_adv = tl.load(p_adv + o, mask=m).to(ACC)
-    b_grad = tl.load(p_grad + o, mask=m).to(ACC)
-    b_x = tl.load(p_x + o, mask=m).to(ACC)
-    # Comparisons, so that a NaN gradient has sign 0 and a NaN value stays NaN, as in csrc/math.h.
-    b = b_adv + alpha * ((b_grad > 0).to(ACC) - (b_grad < 0).to(ACC))
-    b = tl.where(b < b_x - eps, b_x - eps, b)
-    b = tl.where(b > b_x + eps, b_x + eps, b)
-    b = tl.where(b < lo, lo, b)
-    b = tl.where(b > hi, hi, b)
+    o_counter = i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    o_sample = tl.zeros([BLOCK // 4], tl.int64) + i_sample
+    b_0, b_1, b_2, b_3 = tl.philox(
+        seed, o_counter.to(tl.uint32), (o_counter >> 32).to(tl.uint32), o_sample.to(tl.uint32), (o_sample >> 32).to(tl.uint32)
+    )
+    b_word = tl.interleave(tl.interleave(b_0, b_2), tl.interleave(b_1, b_3))  # 0 1 2 3 of each counter in turn
+    b_u = ((b_word >> 8).to(tl.int32) - 8388608).to(ACC) * (1.0 / 8388608)  # [-1, 1) in steps of 2^-23
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    m = o < size
+    o += i_sample * size
+    tl.store(p_out + o, clamp(load(p_x, o, m, ACC) + eps * b_u, lo, hi).to(p_out.dtype.element_ty), mask=m)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- l2
+# d = adv - x. |d + a g/|g||^2 = <d,d> + 2a <d,g>/|g| + a^2, so three sums over a sample fix the step and its projection.
+
+
+@triton.jit
+def l2_products(b_adv, b_grad, b_x):
+    """d d, d g, g g in fp64, where the squares of tiny gradients do not underflow and those of huge ones do not overflow."""
+    b_d, b_g = b_adv.to(tl.float64) - b_x.to(tl.float64), b_grad.to(tl.float64)
+    return b_d * b_d, b_d * b_g, b_g * b_g
+
+
+@triton.jit
+def l2_coefficients(dd, dg, gg, alpha, eps, ACC: tl.constexpr):
+    """The factors of d and of g * unit; unit is the power of two that keeps the latter a normal number. See csrc/math.h."""
+    g_norm = tl.sqrt(gg)
+    moves = (g_norm > 0) & (g_norm < float("inf"))  # a zero or NaN gradient moves nothing
+    g_norm = tl.where(moves, g_norm, 1.0)
+    alpha = tl.where(moves, alpha, 0.0)
+    square = dd + 2 * alpha * tl.where(moves, dg / g_norm, 0.0) + alpha * alpha
+    norm = tl.sqrt(tl.where(square < 0, 0.0, square))
+    shrink = tl.where(norm > eps, eps / norm, 1.0)
+    unit = tl.where(g_norm < 2.0**-64, 2.0**64, tl.where(g_norm > 2.0**64, 2.0**-64, 1.0))
+    return shrink.to(ACC), (shrink * alpha / (g_norm * unit)).to(ACC), unit.to(ACC)
+
+
+@triton.jit
+def l2_move(b_adv, b_grad, b_x, keep, move, unit, lo, hi):
+    b_moved = tl.where(move == 0, 0.0, move * (b_grad * unit))  # 0 * NaN would be NaN
+    return clamp(b_x + (keep * (b_adv - b_x) + b_moved), lo, hi)
+
+
+@triton.jit
+def l2_step_kernel(
+    p_out, p_adv, p_grad, p_x, p_alphas, p_radii,
+    alpha: tl.float64, eps: tl.float64, lo: tl.float64, hi: tl.float64, size, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_sample = tl.program_id(0).to(tl.int64)
+    alpha, eps = scalar(alpha, p_alphas, i_sample, tl.float64), scalar(eps, p_radii, i_sample, tl.float64)
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    o = tl.arange(0, BLOCK)
+    m = o < size
+    o = i_sample * size + o
+    b_adv, b_grad, b_x = load(p_adv, o, m, ACC), load(p_grad, o, m, ACC), load(p_x, o, m, ACC)
+    b_dd, b_dg, b_gg = l2_products(b_adv, b_grad, b_x)
+    keep, move, unit = l2_coefficients(tl.sum(b_dd, 0), tl.sum(b_dg, 0), tl.sum(b_gg, 0), alpha, eps, ACC)
+    b = l2_move(b_adv, b_grad, b_x, keep, move, unit, lo, hi)
     tl.store(p_out + o, b.to(p_out.dtype.element_ty), mask=m)
 
 
-def linf_step(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, lo: float, hi: float) -> None:
-    """Writes the linf step of ``adv`` into ``out``; arguments as :func:`fastadv.ops.linf_step_`."""
+@triton.jit
+def l2_sums_kernel(p_sums, p_adv, p_grad, p_x, size, span, PARTS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """sums[i_sample, :, i_part]: the three sums over `span` elements of a sample, a multiple of BLOCK."""
+    i_sample, i_part = (tl.program_id(0) // PARTS).to(tl.int64), (tl.program_id(0) % PARTS).to(tl.int64)
+    first = i_sample * size + i_part * span
+    left = size - i_part * span  # elements of the sample from here on
+    p_adv, p_grad, p_x = p_adv + first, p_grad + first, p_x + first
+    b_dd, b_dg, b_gg = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for start in range(0, span, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        m = o < left
+        b_1, b_2, b_3 = l2_products(load(p_adv, o, m, ACC), load(p_grad, o, m, ACC), load(p_x, o, m, ACC))
+        b_dd, b_dg, b_gg = b_dd + b_1, b_dg + b_2, b_gg + b_3
+    p_sums += i_sample * 3 * PARTS + i_part
+    tl.store(p_sums, tl.sum(b_dd, 0))
+    tl.store(p_sums + PARTS, tl.sum(b_dg, 0))
+    tl.store(p_sums + 2 * PARTS, tl.sum(b_gg, 0))
+
+
+@triton.jit
+def l2_apply_kernel(
+    p_out, p_adv, p_grad, p_x, p_alphas, p_radii,
+    alpha: tl.float64, eps: tl.float64, lo: tl.float64, hi: tl.float64, p_sums, size,
+    PARTS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+):  # fmt: skip
+    i_sample, i_block = place(size, BLOCK)
+    alpha, eps = scalar(alpha, p_alphas, i_sample, tl.float64), scalar(eps, p_radii, i_sample, tl.float64)
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    o_part = tl.arange(0, BLOCK_PARTS)
+    m_part = o_part < PARTS
+    p_sums += i_sample * 3 * PARTS
+    dd = tl.sum(tl.load(p_sums + o_part, mask=m_part, other=0.0), 0)
+    dg = tl.sum(tl.load(p_sums + PARTS + o_part, mask=m_part, other=0.0), 0)
+    gg = tl.sum(tl.load(p_sums + 2 * PARTS + o_part, mask=m_part, other=0.0), 0)
+    keep, move, unit = l2_coefficients(dd, dg, gg, alpha, eps, ACC)
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    m = o < size
+    o += i_sample * size
+    b = l2_move(load(p_adv, o, m, ACC), load(p_grad, o, m, ACC), load(p_x, o, m, ACC), keep, move, unit, lo, hi)
+    tl.store(p_out + o, b.to(p_out.dtype.element_ty), mask=m)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- l1
+
+
+@triton.jit
+def l1_pull(b_adv, b_grad, descends, lo, hi, BITS: tl.constexpr):
+    """|grad|, and 0 where the step would run into the wall that adv touches, as integers, which for floats >= 0 order alike."""
+    b_ahead = tl.where(descends, -b_grad, b_grad)
+    b_free = ((b_ahead > 0) & (b_adv < hi)) | ((b_ahead < 0) & (b_adv > lo))  # a NaN is neither
+    return tl.where(b_free, tl.abs(b_grad), 0.0).to(BITS, bitcast=True)
+
+
+@triton.jit
+def l1_count(p_adv, p_grad, size, threshold, descends, lo, hi, ACC: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many elements of the sample pull at least that much."""
+    b_count = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, size, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        m = o < size
+        b_pull = l1_pull(load(p_adv, o, m, ACC), load(p_grad, o, m, ACC), descends, lo, hi, BITS)
+        b_count += (b_pull >= threshold).to(tl.int64)
+    return tl.sum(b_count, 0)
+
+
+@triton.jit
+def l1_moved(b_adv, b_grad, b_x, threshold, step, descends, lo, hi, ACC: tl.constexpr, BITS: tl.constexpr):
+    """u: the distance from x after the step, before the projection."""
+    b_moves = l1_pull(b_adv, b_grad, descends, lo, hi, BITS) >= threshold
+    return (b_adv - b_x) + tl.where(b_moves, step * sign(b_grad, ACC), 0.0)
+
+
+@triton.jit
+def l1_lengths(b_u, b_x, shrink, lo, hi):
+    """|d| of the projection d = sign(u) clamp(|u| - shrink, 0, room), and room, the distance to the wall ahead."""
+    b_room = tl.where(b_u < 0, b_x - lo, hi - b_x)
+    b_length = tl.abs(b_u) - shrink
+    return clamp(b_length, tl.zeros_like(b_length), b_room), b_room
+
+
+@triton.jit
+def l1_length(
+    p_adv, p_grad, p_x, size, threshold, step, descends, shrink, lo, hi,
+    ACC: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """|d|_1 for a shrink, and how many elements still slide with it."""
+    b_total, b_sliding = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.int64)
+    for start in range(0, size, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        m = o < size
+        b_adv, b_grad, b_x = load(p_adv, o, m, ACC), load(p_grad, o, m, ACC), load(p_x, o, m, ACC)
+        b_u = l1_moved(b_adv, b_grad, b_x, threshold, step, descends, lo, hi, ACC, BITS)
+        b_length, b_room = l1_lengths(b_u, b_x, shrink, lo, hi)
+        b_total += tl.where(m, b_length, 0.0).to(tl.float64)
+        b_sliding += (m & (b_length > 0) & (b_length < b_room)).to(tl.int64)
+    return tl.sum(b_total, 0), tl.sum(b_sliding, 0)
+
+
+@triton.jit(do_not_specialize=["moved"])
+def l1_step_kernel(
+    p_out, p_adv, p_grad, p_x, p_alphas, p_radii,
+    alpha: tl.float64, eps: tl.float64, lo: tl.float64, hi: tl.float64, size, moved: tl.int64,
+    ACC: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_sample = tl.program_id(0).to(tl.int64)
+    alpha, eps = scalar(alpha, p_alphas, i_sample, tl.float64), scalar(eps, p_radii, i_sample, tl.float64)
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    p_out, p_adv = p_out + i_sample * size, p_adv + i_sample * size
+    p_grad, p_x = p_grad + i_sample * size, p_x + i_sample * size
+    size = tl.full((), size, tl.int64)  # loops count in 64 bits
+    descends = alpha < 0
+
+    # 1. Survey: how many elements can move, the largest pull, the farthest that any is from x.
+    b_movers, b_top, b_far = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], BITS), tl.zeros([BLOCK], ACC)
+    for start in range(0, size, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        m = o < size
+        b_adv, b_x = load(p_adv, o, m, ACC), load(p_x, o, m, ACC)
+        b_pull = l1_pull(b_adv, load(p_grad, o, m, ACC), descends, lo, hi, BITS)
+        b_movers += (b_pull > 0).to(tl.int64)
+        b_top = tl.maximum(b_top, b_pull)
+        b_far = tl.maximum(b_far, tl.abs(b_adv - b_x))
+
+    # 2. Threshold, by bisection on the bits: at least `moved` elements pull >= low, fewer pull >= high. Done at the first low
+    #    that exactly `moved` reach, or when no number is between, and ties move too. No pull at all never qualifies.
+    movers = tl.sum(b_movers, 0)
+    low, high = tl.full((), 1, BITS), tl.max(b_top, 0) + 1
+    while (movers > moved) & (high - low > 1):
+        middle = low + (high - low) // 2
+        count = l1_count(p_adv, p_grad, size, middle, descends, lo, hi, ACC, BITS, BLOCK)
+        enough = count >= moved
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        movers = tl.where(enough, count, movers)
+    step = (alpha / tl.maximum(movers, 1).to(tl.float64)).to(ACC)
+
+    # 3. Shrink: |d|_1 falls piecewise linearly from more than eps at `near` to at most eps at `far`. Newton's step is exact on
+    #    the last piece; where it leaves the bracket, halve it. Where it rounds back to where it started, the next number above
+    #    is tried (from near) or the search is over (from far). The limit has never been met; far is in the ball at any time.
+    at, near = tl.full((), 0.0, ACC), tl.full((), 0.0, ACC)
+    far = tl.max(b_far, 0) + tl.abs(step)
+    total, sliding = l1_length(p_adv, p_grad, p_x, size, low, step, descends, at, lo, hi, ACC, BITS, BLOCK)
+    outside = total > eps
+    searching, passes = outside, 0
+    while searching:
+        newton = (at.to(tl.float64) + (total - eps) / tl.maximum(sliding, 1).to(tl.float64)).to(ACC)
+        settled = (at == far) & (newton == far)
+        newton = tl.where(newton == near, (near.to(BITS, bitcast=True) + 1).to(ACC, bitcast=True), newton)
+        use_newton = (sliding > 0) & (newton > near) & (newton < far)
+        at = tl.where(use_newton, newton, near + (far - near) / 2)
+        searching = (at > near) & (at < far) & ~settled & (passes < 128)
+        if searching:
+            total, sliding = l1_length(p_adv, p_grad, p_x, size, low, step, descends, at, lo, hi, ACC, BITS, BLOCK)
+            near, far = tl.where(total > eps, at, near), tl.where(total > eps, far, at)
+        passes += 1
+    shrink = tl.where(outside, far, tl.zeros_like(far))
+
+    # 4. Write.
+    for start in range(0, size, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        m = o < size
+        b_adv, b_grad, b_x = load(p_adv, o, m, ACC), load(p_grad, o, m, ACC), load(p_x, o, m, ACC)
+        b_u = l1_moved(b_adv, b_grad, b_x, low, step, descends, lo, hi, ACC, BITS)
+        b_length, _ = l1_lengths(b_u, b_x, shrink, lo, hi)
+        tl.store(p_out + o, clamp(b_x + sign(b_u, ACC) * b_length, lo, hi).to(p_out.dtype.element_ty), mask=m)
+
+
+# ----------------------------------------------------------------------------------------------------------------- launches
+
+STREAM_BLOCK = 1024  # linf, start: 8 elements a thread, two 16-byte loads of each fp32 tensor in flight
+L2_ON_CHIP_KIB = 32  # of each of adv, grad and x; twice that spills registers
+L2_BLOCK, L2_PARTS = 2048, 256  # a large sample is summed in up to 256 parts: few enough to be added up again by every program
+L1_BLOCK_KIB = 16
+
+
+def _step(
+    launch: Callable[..., None], out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar, *rest: float
+) -> None:
+    """What every step needs around its launch; arguments as in fastadv.ops, the result into ``out``."""
     target, adv, grad, x = alike(out, adv, grad, x)
     alpha, alphas = float64_per_sample(alpha, adv)
     eps, radii = float64_per_sample(eps, adv)
-    rows = 1 if alphas is None and radii is None else adv.shape[0]
+    lo, hi, *extra = rest
     if adv.numel():
-        row_size = adv.numel() // rows
-        with torch.cuda.device(adv.device) if adv.is_cuda else nullcontext():  # Triton launches on the current device
-            for first_row in range(0, rows, _MAX_GRID_ROWS):
-                grid = (triton.cdiv(row_size, BLOCK), min(rows - first_row, _MAX_GRID_ROWS))
-                linf_step_kernel[grid](
-                    target, adv, grad, x, alphas, radii, alpha, eps, lo, hi, row_size, first_row,
-                    ACC=tl.float64 if adv.dtype == torch.float64 else tl.float32,
-                    ALPHAS=alphas is not None, RADII=radii is not None, BLOCK=BLOCK, enable_fp_fusion=False,
-                )  # fmt: skip
+        with on_device_of(adv):
+            launch(target, adv, grad, x, alphas, radii, alpha, eps, lo, hi, *extra)
+    if target is not out:
+        out.copy_(target)
+
+
+def _launch_linf(target: Tensor, adv: Tensor, grad: Tensor, x: Tensor, alphas: Any, radii: Any, *scalars: float) -> None:
+    row_size = adv.numel() if alphas is None and radii is None else adv.numel() // adv.shape[0]
+    linf_step_kernel[(adv.numel() // row_size * triton.cdiv(row_size, STREAM_BLOCK),)](
+        target, adv, grad, x, alphas, radii, *scalars, row_size,
+        ACC=arithmetic(adv), BLOCK=STREAM_BLOCK, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _launch_l2(target: Tensor, adv: Tensor, grad: Tensor, x: Tensor, *scalars: Any) -> None:
+    samples, size, acc = adv.shape[0], adv.numel() // adv.shape[0], arithmetic(adv)
+    if size <= on_chip(adv, L2_ON_CHIP_KIB):
+        block = max(128, triton.next_power_of_2(size))
+        l2_step_kernel[(samples,)](
+            target, adv, grad, x, *scalars, size, ACC=acc, BLOCK=block, num_warps=warps(block, 16), enable_fp_fusion=False,
+        )  # fmt: skip
+        return
+    span = triton.cdiv(triton.cdiv(size, L2_BLOCK), L2_PARTS) * L2_BLOCK
+    parts = triton.cdiv(size, span)
+    sums = torch.empty(samples, 3, parts, dtype=torch.float64, device=adv.device)
+    l2_sums_kernel[(samples * parts,)](
+        sums, adv, grad, x, size, span, PARTS=parts, ACC=acc, BLOCK=L2_BLOCK, num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+    l2_apply_kernel[(samples * triton.cdiv(size, L2_BLOCK),)](
+        target, adv, grad, x, *scalars, sums, size, PARTS=parts,
+        ACC=acc, BLOCK=L2_BLOCK, BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _launch_l1(target: Tensor, adv: Tensor, grad: Tensor, x: Tensor, *scalars_and_fraction: Any) -> None:
+    *scalars, fraction = scalars_and_fraction
+    size = adv.numel() // adv.shape[0]
+    moved = min(size, max(1, int(fraction * size)))
+    block = min(on_chip(adv, L1_BLOCK_KIB), max(128, triton.next_power_of_2(size)))
+    l1_step_kernel[(adv.shape[0],)](
+        target, adv, grad, x, *scalars, size, moved,
+        ACC=arithmetic(adv), BITS=tl.int64 if adv.dtype == torch.float64 else tl.int32,
+        BLOCK=block, num_warps=warps(block, 8), enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+linf_step = partial(_step, _launch_linf)
+l2_step = partial(_step, _launch_l2)
+l1_step = partial(_step, _launch_l1)
+
+
+def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int) -> None:
+    """Writes a random start into ``out``; arguments as :func:`fastadv.ops.linf_start`."""
+    target, x = alike(out, x)
+    eps, radii = float64_per_sample(eps, x)
+    if x.numel():
+        size = x.numel() // x.shape[0]
+        with on_device_of(x):
+            linf_start_kernel[(x.shape[0] * triton.cdiv(size, STREAM_BLOCK),)](
+                target, x, radii, eps, lo, hi, seed, size,
+                ACC=arithmetic(x), BLOCK=STREAM_BLOCK, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
     if target is not out:
         out.copy_(target)

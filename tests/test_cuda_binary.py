@@ -18,7 +18,9 @@ pytestmark = pytest.mark.skipif(
 REGISTERS = 65536  # of a multiprocessor, on every architecture so far
 
 # Kernels that move 16 bytes at once, in the types where they do: <storage of the image, of its gradient>.
-STREAMING = [f"{kernel}_kernelI{types}E" for kernel in ("linf_step", "l2_on_chip", "l2_sums", "l2_apply") for types in ("ff", "dd")]
+STREAMING = [
+    f"{kernel}_kernelI{types}E" for kernel in ("linf_step", "l2_on_chip", "l2_sums", "l2_apply") for types in ("ff", "dd")
+]
 STREAMING += ["linf_step_kernelINS_4bf16ES2_E", "linf_start_kernelIfE"]
 STREAMING += [f"loss_kernelINS0_{loss}EfLi8EE" for loss in ("6CeLoss", "11LogOddsLoss", "10MarginLoss", "6KlLoss", "6SeLoss")]
 

@@ -6,22 +6,44 @@ import math
 
 import pytest
 import torch
-from table import ROUNDING, SHAPES, STEP_BACKENDS, STEP_DTYPES, arrange, layouts, name, need_backend, step_inputs
+from table import (
+    BACKENDS,
+    ROUNDING,
+    SHAPES,
+    STEP_BACKENDS,
+    STEP_DTYPES,
+    arrange,
+    layouts,
+    name,
+    need_backend,
+    step_inputs,
+)
 from torch import Tensor
 
 import fastadv
 from fastadv import ops
 from fastadv.reference import step as reference
 
+
+def worth_interpreting(dtypes: tuple[torch.dtype, torch.dtype], shape: str, layout: str, scalars: str) -> bool:
+    """Triton's interpreter is slow: all shapes and layouts in fp32, the other types on one of each kind."""
+    if dtypes == STEP_DTYPES[0] and shape != "chunks":
+        return True
+    samples = {("row", "shared"), ("odd", "per_sample")}
+    if dtypes in STEP_DTYPES[:2]:
+        samples.add(("chunks", "shared" if dtypes == STEP_DTYPES[0] else "per_sample"))
+    return layout == "contiguous" and (shape, scalars) in samples
+
+
 CASES = [
-    pytest.param(op, backend, dtypes, shape, layout, id=f"{op}-{backend}-{name(dtypes)}-{shape}-{layout}")
+    pytest.param(op, backend, dtypes, shape, layout, scalars, id=f"{op}-{backend}-{name(dtypes)}-{shape}-{layout}-{scalars}")
     for op, backends in STEP_BACKENDS.items()
     for backend in backends
     for dtypes in STEP_DTYPES
     for shape in SHAPES
     for layout in layouts(SHAPES[shape])
-    # The interpreter is slow: Triton sees the large shape in one dtype.
-    if not (backend == "triton" and shape == "chunks" and dtypes != STEP_DTYPES[0])
+    for scalars in ("shared", "per_sample")
+    if backend != "triton" or worth_interpreting(dtypes, shape, layout, scalars)
 ]
 
 SIZES = {"linf_step": (0.02, 0.06), "l2_step": (0.5, 1.0), "l1_step": (2.0, 3.0)}  # alpha, eps
@@ -33,8 +55,7 @@ def run(op: str, backend: str, *args: object, **kwargs: object) -> Tensor:
         return getattr(ops, op)(*args, **kwargs)
 
 
-@pytest.mark.parametrize(("op", "backend", "dtypes", "shape", "layout"), CASES)
-@pytest.mark.parametrize("scalars", ["shared", "per_sample"])
+@pytest.mark.parametrize(("op", "backend", "dtypes", "shape", "layout", "scalars"), CASES)
 def test_every_backend_computes_the_reference(op, backend, dtypes, shape, layout, scalars):
     adv, grad, x = (arrange(t, layout) for t in step_inputs(SHAPES[shape], *dtypes))
     alpha, eps = SIZES[op]
@@ -67,7 +88,7 @@ def test_every_backend_computes_the_reference(op, backend, dtypes, shape, layout
 
 
 @pytest.mark.parametrize("op", STEP_BACKENDS)
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_in_place_and_out_agree_with_a_new_tensor(op, backend):
     adv, grad, x = step_inputs((4, 3, 8, 8), torch.float32, torch.float32)
     alpha, eps = SIZES[op]
@@ -128,6 +149,25 @@ def test_an_infinite_l2_gradient_moves_nothing(backend):
     assert moved.tolist() == [False, True]
 
 
+def test_l2_sums_of_a_large_sample_in_few_parts(monkeypatch):
+    """A sample of more than L2_PARTS blocks gives each program of the Triton kernel several of them, the last ones fewer."""
+    kernels = pytest.importorskip("fastadv.kernels")
+    monkeypatch.setattr(kernels.step, "L2_PARTS", 3)
+    adv, grad, x = step_inputs((2, 9 * kernels.step.L2_BLOCK + 77), torch.float32, torch.float32)
+    expected = reference.l2_step(adv.double(), grad.double(), x.double(), 0.5, 1.0, 0.0, 1.0)
+    result = run("l2_step", "triton", adv, grad, x, 0.5, 1.0, 0.0, 1.0)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize("backend", STEP_BACKENDS["l1_step"])
+def test_l1_ties_move_together_and_descent_is_ascent_of_the_negative(backend):
+    _, grad, x = step_inputs((3, 40), torch.float64, torch.float64)
+    moved = run("l1_step", backend, x, grad.sign(), x, 0.3, 10.0, -9.0, 9.0, 0.1) - x
+    torch.testing.assert_close(moved, 0.3 * grad.sign() / grad.sign().abs().sum(1, keepdim=True))
+    ascent = run("l1_step", backend, x, -grad, x, 0.3, 10.0, 0.2, 0.8, 0.1)
+    assert torch.equal(run("l1_step", backend, x, grad, x, -0.3, 10.0, 0.2, 0.8, 0.1), ascent)
+
+
 @pytest.mark.parametrize("backend", STEP_BACKENDS["l1_step"])
 @pytest.mark.parametrize("fraction", [1e-9, 0.1, 1.0])
 def test_l1_step_moves_the_largest_gradients_equally(backend, fraction):
@@ -158,22 +198,24 @@ def test_l1_projection_is_the_nearest_point(backend):
 
 
 @pytest.mark.parametrize("op", STEP_BACKENDS)
-def test_zero_radius_gives_x_back(op):
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_zero_radius_gives_x_back(op, backend):
     adv, grad, x = step_inputs((4, 3, 8, 8), torch.float32, torch.float32)
-    assert torch.equal(run(op, "cpp", adv, grad, x, 0.1, 0.0, 0.0, 1.0), x)
+    assert torch.equal(run(op, backend, adv, grad, x, 0.1, 0.0, 0.0, 1.0), x)
 
 
 START_CASES = [
-    pytest.param(backend, dtype, shape, layout, id=f"{backend}-{name(dtype)}-{shape}-{layout}")
-    for backend in ("cpp", "reference")
+    pytest.param(backend, dtype, shape, layout, scalars, id=f"{backend}-{name(dtype)}-{shape}-{layout}-{scalars}")
+    for backend in BACKENDS
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     for shape in SHAPES
     for layout in layouts(SHAPES[shape])
+    for scalars in ("shared", "per_sample")
+    if backend != "triton" or worth_interpreting((dtype, dtype), shape, layout, scalars)
 ]
 
 
-@pytest.mark.parametrize(("backend", "dtype", "shape", "layout"), START_CASES)
-@pytest.mark.parametrize("scalars", ["shared", "per_sample"])
+@pytest.mark.parametrize(("backend", "dtype", "shape", "layout", "scalars"), START_CASES)
 def test_every_backend_starts_as_the_reference(backend, dtype, shape, layout, scalars):
     x = arrange(step_inputs(SHAPES[shape], dtype, dtype)[2], layout)
     eps = 0.3 if scalars == "shared" else torch.linspace(0, 0.5, len(x), dtype=torch.float64)
@@ -196,9 +238,9 @@ def test_philox_known_answers():
         assert tuple(int(w) for w in reference.philox(key, *(torch.tensor(c) for c in counter))) == words
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_start_is_uniform_independent_and_keyed_by_sample(backend):
-    x = torch.full((40, 5003), 0.5, dtype=torch.float64)
+    x = torch.full((8 if backend == "triton" else 40, 5003), 0.5, dtype=torch.float64)
     u = (run("linf_start", backend, x, 0.25, 0.0, 1.0, 7) - 0.5) / 0.25
     assert u.min() >= -1
     assert u.max() < 1
