@@ -13,7 +13,7 @@ def alike(out: Tensor, first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
     A tensor that has another layout is copied once. If the place to write is then not ``out``, the caller copies it there.
     """
-    if out.is_contiguous() and first.is_contiguous() and all([t.is_contiguous() for t in others]):  # as nearly always
+    if out.is_contiguous() and first.is_contiguous() and all(t.is_contiguous() for t in others):  # as nearly always
         return out, first, *others
     layout = dense_layout(first)
     sources = [t.contiguous(memory_format=layout) for t in (first, *others)]

@@ -147,7 +147,8 @@ def linf_step_(
         adv: [N, ...], floating; modified and returned. Not differentiable.
         grad: like adv, any floating dtype. A NaN element moves nothing.
         x: like adv, the same dtype.
-        alpha: step size in units of x, float or [N]; negative descends.
+        alpha: step size in units of x, float or [N]; negative descends. As a device tensor it may change between replays of
+            a CUDA graph.
         eps: radius in units of x, float or [N].
         lo, hi: bounds of every element.
 
@@ -333,7 +334,8 @@ def ce(logits: Tensor, y: Tensor, *, out: Out = None) -> tuple[Tensor, Tensor]:
         differentiable in the logits, once; dlogits is not.
 
     Raises:
-        ValueError: shapes, dtypes or devices are not as above. IndexError: a label outside [0, C) (checked on CPU).
+        ValueError: shapes, dtypes or devices are not as above. IndexError: a label outside [0, C), on CPU; on a GPU, where
+        nobody waits to refuse it, the row's loss and gradient are NaN.
     """
     return _loss("ce", out, logits, y)
 
