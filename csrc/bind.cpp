@@ -74,6 +74,11 @@ void def_launches(py::module_ m) {
   m.def("l2", [](int sms, int64_t shared, int cluster, int64_t samples, int64_t items, int64_t item_bytes) {
     return as_tuple(l2_launch({sms, shared, cluster}, samples, items, item_bytes));
   });
+  m.def("share", [](int rank, int cluster, int64_t count) {
+    const Share share = share_of(rank, cluster, count);
+    return py::make_tuple(share.begin, share.end);
+  });
+  m.def("l2_apply", [](int64_t samples, int64_t items) { return as_tuple(l2_apply_launch(samples, items)); });
   m.def("l2_sums", [](int64_t samples, int64_t items) { return as_tuple(l2_sums_launch(samples, items)); });
   m.def("l1", [](int64_t samples, int64_t size) { return as_tuple(l1_launch(samples, size)); });
   m.def("row", [](int64_t rows, int64_t classes, bool wide) {

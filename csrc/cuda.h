@@ -1,7 +1,7 @@
 // What the CUDA kernels share: vectors of memory, reductions over the threads that share a row, launches.
 //
 // The same sources are compiled by g++ for tests, where tests/cuda_host/cuda_runtime.h runs the threads of a block as fibers.
-// What needs hardware (clusters, dynamic shared memory) is one small function each, with a portable twin.
+// What needs hardware (clusters, dynamic shared memory) is one small function each; elsewhere a cluster is one block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ namespace fastadv {
 
 // -------------------------------------------------------------------------------------------------------------- memory
 
-// kCount neighbouring elements that move in one instruction: of 16 bytes, or less where one of two types is narrower.
+// kCount neighbouring elements that move together, 16 bytes an instruction (or all of them, if they are fewer).
 template <class S, int kCount>
 struct alignas(sizeof(S) * kCount > 16 ? 16 : sizeof(S) * kCount) Pack {
   S v[kCount];
@@ -168,7 +168,7 @@ __device__ inline int cluster_rank() {
 
 __device__ inline void cluster_barrier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #else
   __syncthreads();
 #endif
@@ -194,6 +194,16 @@ inline void check_cuda(const char* name, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
+// Whether code with clusters runs on a device: it is the newest that was built and is not newer than the device.
+inline bool runs_cluster_code(int device_arch) {
+#if defined(__CUDA_ARCH_LIST__)
+  for (const int arch : {__CUDA_ARCH_LIST__})
+    if (900 <= arch && arch <= device_arch) return true;
+#endif
+  (void)device_arch;
+  return false;
+}
+
 // What the current device offers; asked once for each.
 inline const Device& current_device() {
   constexpr int kDevices = 64;
@@ -203,11 +213,12 @@ inline const Device& current_device() {
   check_cuda("cudaGetDevice", cudaGetDevice(&index));
   if (index >= kDevices) throw std::runtime_error("fastadv knows 64 GPUs; the current one is number " + std::to_string(index));
   std::call_once(asked[index], [index] {
-    int sms = 0, shared = 0, major = 0;
+    int sms = 0, shared = 0, major = 0, minor = 0;
     check_cuda("device", cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index));
     check_cuda("device", cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     check_cuda("device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-    known[index] = {sms, shared, major >= 9 ? 8 : 1};
+    check_cuda("device", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    known[index] = {sms, shared, runs_cluster_code(100 * major + 10 * minor) ? 8 : 1};
   });
   return known[index];
 }
@@ -215,10 +226,10 @@ inline const Device& current_device() {
 // kernel<<<...>>>(arguments...), with clusters.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, const Launch& plan, void* stream, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  constexpr int64_t kSharedUnasked = 48 * 1024;
-  if (plan.shared > kSharedUnasked)
+  constexpr int64_t kSharedUnasked = 32 * 1024;  // 48 KB with what a kernel declares itself
+  if (plan.shared > kSharedUnasked)  // always the same value: another thread's launch of this kernel may be under way
     check_cuda(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          int(plan.shared)));
+                                          int(current_device().shared - kDeclaredShared)));
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = unsigned(plan.cluster);

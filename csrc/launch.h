@@ -40,18 +40,19 @@ constexpr Launch stream_launch(int64_t rows, int64_t items) {
   return {least(most(ceil_div(items, kStreamThreads), 1), kMaxBlocks), least(rows, kMaxRows), kStreamThreads, 0, 1};
 }
 
+constexpr int64_t kDeclaredShared = 1024;  // bytes that kernels declare themselves, for reductions, at most
+
 // The l2 step with its sample on chip: a cluster of blocks for each sample, each block keeping its share (`item_bytes` for
 // each of `items`) in shared memory between the reduction and the update. threads == 0: a sample does not fit.
 //
 // Small shares let several blocks live on a multiprocessor, so that one loads while another stores; more blocks than
 // multiprocessors keep all busy at small batches. The smallest cluster that has both is taken, else the largest that fits.
 constexpr Launch l2_launch(const Device& device, int64_t samples, int64_t items, int64_t item_bytes) {
-  constexpr int64_t kReductions = 1024;  // bytes of static shared memory
   constexpr int64_t kRoomy = 32 * 1024;
   Launch chosen{0, 1, 0, 0, 1};
   for (int cluster = 1; cluster <= device.cluster; cluster *= 2) {
     const int64_t share = ceil_div(items, cluster), bytes = share * item_bytes;
-    if (bytes > device.shared - kReductions) continue;
+    if (bytes > device.shared - kDeclaredShared) continue;
     const int64_t threads = ceil_div(ceil_div(share, 4), kWarp) * kWarp;
     chosen = {least(samples, kMaxBlocks / cluster) * cluster, 1, int(least(most(threads, 4 * kWarp), kMaxThreads)), bytes, cluster};
     if (share <= kStreamThreads || (bytes <= kRoomy && samples * cluster >= device.sms)) break;
@@ -59,11 +60,23 @@ constexpr Launch l2_launch(const Device& device, int64_t samples, int64_t items,
   return chosen;
 }
 
+// The part of `count` items that the block of this rank keeps.
+struct Share {
+  int64_t begin, end;
+};
+FASTADV_FN constexpr Share share_of(int rank, int cluster, int64_t count) {
+  const int64_t share = ceil_div(count, cluster);
+  return {least(rank * share, count), least((rank + 1) * share, count)};
+}
+
 // The l2 step otherwise: partial sums of each sample by chunks, then an elementwise pass.
 constexpr int64_t kL2Chunks = 64;  // of a sample, at most: their partial sums are added up by one block
 constexpr Launch l2_sums_launch(int64_t samples, int64_t items) {
   return {least(most(ceil_div(items, 8 * kStreamThreads), 1), kL2Chunks), least(samples, kMaxRows), kStreamThreads, 0, 1};
 }
+
+// The second pass of an l2 step off chip: several items a thread, which first adds up its sample's partial sums.
+constexpr Launch l2_apply_launch(int64_t samples, int64_t items) { return stream_launch(samples, ceil_div(items, 8)); }
 
 // A row of logits: `lanes` threads of a warp, or one block (lanes == 0), hold it in registers, `items` logits a thread; or
 // (items == 0) a block streams it. Two lanes would do for 16 classes; four find work for twice the warps at small batches.

@@ -3,7 +3,7 @@
 // A row belongs to a few threads of a warp, to a warp or to a block, by its length (csrc/launch.h): at 10 classes a warp handles
 // eight rows, from 257 on a block handles one. They hold the row in registers, eight logits each, through all its sums.
 // A row too long for that (and fp64, which serves exact work and not speed) is streamed: read once for an online softmax and
-// once more, mostly from L2, for the gradient.
+// once more, from L2 where that is large enough, for the gradient.
 //
 // Each loss is written once, over a Row that is either. Threads see a row as slots: slot s of a thread holds class index(s);
 // slots behind the row's end hold -inf, whose exp is 0, so sums need no masks. What a kernel computes in is a template

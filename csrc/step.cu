@@ -182,8 +182,7 @@ __device__ L2Step<arithmetic_t<S>> l2_step_of(const StepArgs& args, int64_t samp
 // wrote there itself, so that needs no barrier.
 template <class S, class G>
 __global__ void __launch_bounds__(kMaxThreads, 1) l2_on_chip_kernel(StepArgs args, int cluster, bool vectorised) {
-  const int64_t count = ceil_div(args.size, kWidth<S>), share = ceil_div(count, cluster);
-  const int64_t begin = least(cluster_rank() * share, count), end = least(begin + share, count);
+  const auto [begin, end] = share_of(cluster_rank(), cluster, ceil_div(args.size, kWidth<S>));
   auto* kept = dynamic_shared<Item<S, G>>();
   for (int64_t sample = blockIdx.x / cluster; sample < args.samples; sample += gridDim.x / cluster) {
     const Items<S, G> items(args, sample * args.size, args.size, vectorised);
@@ -247,7 +246,7 @@ void launch_l2(const StepArgs& args, void* stream) {
   const int64_t items = ceil_div(args.size, kWidth<S>);
   const Launch sums = l2_sums_launch(args.samples, items);
   launch("l2_step", sums, stream, l2_sums_kernel<S, G>, args, vectorised);
-  launch("l2_step", stream_launch(args.samples, items), stream, l2_apply_kernel<S, G>, args, int(sums.blocks), vectorised);
+  launch("l2_step", l2_apply_launch(args.samples, items), stream, l2_apply_kernel<S, G>, args, int(sums.blocks), vectorised);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ l1

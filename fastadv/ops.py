@@ -62,6 +62,9 @@ def _check_backend_name(name: str | None) -> None:
 def _triton_kernels() -> tuple[dict[str, Implementation], str]:
     """The Triton kernels by op, imported on first need (it takes a while), or none and the reason."""
     try:
+        version = importlib.import_module("triton").__version__
+        if tuple(map(int, version.split(".")[:2])) < (3, 5):  # some before it pass fp64 arguments with another width
+            return {}, f"Triton {version} is older than 3.5"
         return importlib.import_module("fastadv.kernels").OPS, ""
     except ImportError as error:
         return {}, f"Triton cannot be imported: {error}"

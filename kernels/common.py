@@ -26,4 +26,4 @@ def warps(block: int, elements_per_thread: int) -> int:
 
 def on_device_of(t: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+    return torch.cuda.device(t.device) if t.is_cuda and t.get_device() != torch.cuda.current_device() else nullcontext()

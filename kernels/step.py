@@ -10,7 +10,7 @@ l1     one program a sample. Both numbers that the step needs, the threshold on 
        of a count and of a length that fall monotonically; each pass of a search reads the sample, from cache if it fits.
 
 Offsets are 64-bit. Scalars are annotated fp64: Triton would pass a Python float as fp32, and fp64 images need all of it.
-Fused multiply-add is off in every launch, so that all backends round alike.
+Fused multiply-add is off in every launch: a result does not depend on what the compiler fuses.
 """
 
 from __future__ import annotations

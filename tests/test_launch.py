@@ -47,10 +47,19 @@ def test_l2_on_chip_fits_the_device(device):
         if plan[2] == 0:  # not on chip: then it could not have been
             assert -(-items // cluster) * width > shared - 1024
             check(launches.l2_sums(samples, items))
+            check(launches.l2_apply(samples, items))
             continue
         check(plan, shared - 1024, cluster)
         assert plan[3] * plan[4] >= items * width  # the blocks of a cluster hold all of the sample
         assert plan[0] == min(samples, (2**31 - 1) // plan[4]) * plan[4]
+
+
+@pytest.mark.parametrize("items", [1, 7, 8, 9, 768, 37_632, 37_633])
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+def test_the_blocks_of_a_cluster_share_a_sample_without_gap_or_overlap(cluster, items):
+    shares = [launches.share(rank, cluster, items) for rank in range(cluster)]
+    assert [i for begin, end in shares for i in range(begin, end)] == list(range(items))
+    assert max(end - begin for begin, end in shares) == -(-items // cluster)  # what l2 reserves memory for
 
 
 def test_l2_on_chip_is_chosen_where_it_was_meant():
