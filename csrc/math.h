@@ -90,7 +90,7 @@ FASTADV_FN float exp_(float x) {
   p = p * r + 4.99999934e-1f;
   p = p * r * r + r + 1.0f;
   const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(round_to_integer);
-  const float scale = bit_cast<float>((exponent + 127) << 23);
+  const float scale = bit_cast<float>(uint32_t(exponent + 127) << 23);
   return x < smallest ? 0.0f : p * scale;
 #endif
 }
@@ -100,7 +100,7 @@ FASTADV_FN float exp_(float x) {
 FASTADV_FN float log_(float x) {
   const int32_t bits = bit_cast<int32_t>(x);
   const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3 is sqrt(1/2)
-  const float m = bit_cast<float>(bits - (exponent << 23));
+  const float m = bit_cast<float>(uint32_t(bits) - (uint32_t(exponent) << 23));
   const float s = divide(m - 1.0f, m + 1.0f);
   const float s2 = s * s;
   float p = 1.0f / 9.0f;

@@ -287,9 +287,8 @@ __device__ T select_largest(int64_t size, int64_t wanted, const Value& value) {
       above = passed;
     }
     __syncthreads();
-    found |= B(digit) << shift;
+    found |= B(digit) << shift;  // digit and above change again two barriers from here
     wanted -= above;
-    __syncthreads();  // before `count` and `digit` are written again
   }
   return bit_cast<T>(found);
 }
