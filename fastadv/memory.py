@@ -1,6 +1,8 @@
-"""How kernels see tensors: flat memory in one layout, and scalars in float64. Shared by fastadv.native and fastadv.kernels."""
+"""What every launch needs: tensors as flat memory in one layout, scalars in float64, and their device as the current one."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,3 +27,13 @@ def float64_per_sample(value: Scalar, like: Tensor) -> tuple[float, Tensor | Non
     if isinstance(value, Tensor):
         return 0.0, value.to(like.device, torch.float64).expand(like.shape[0]).contiguous()
     return value, None
+
+
+def device_of(t: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of ``t`` current, where it is a GPU and is not: kernels are launched on the current one."""
+    if not t.is_cuda or t.get_device() == torch.cuda.current_device():
+        return _NO_CHANGE
+    return torch.cuda.device(t.get_device())
+
+
+_NO_CHANGE = nullcontext()

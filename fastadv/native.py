@@ -7,14 +7,13 @@ then says why, and fastadv.ops falls back.
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .memory import alike, float64_per_sample
+from .memory import alike, device_of, float64_per_sample
 from .reference.step import Scalar
 
 
@@ -73,20 +72,10 @@ def _on_gpu(t: Tensor) -> bool:
     return t.is_cuda
 
 
-def _device_of(t: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of ``t`` current, where it is a GPU and is not."""
-    if not _on_gpu(t) or t.get_device() == torch.cuda.current_device():
-        return _NO_CHANGE
-    return torch.cuda.device(t.get_device())
-
-
-_NO_CHANGE = nullcontext()
-
-
 def _launch(name: str, on: Tensor, *arguments: float) -> None:
     """Calls the kernel for the device of ``on``: CPU kernels take a number of threads last, CUDA kernels a stream."""
     if _on_gpu(on):
-        with _device_of(on):
+        with device_of(on):
             # The raw stream, as Triton and Inductor ask for it: the public call wraps it in an object, at the cost of a launch.
             getattr(_C, f"{name}_cuda")(*arguments, torch._C._cuda_getCurrentRawStream(on.get_device()))
     else:
@@ -114,7 +103,7 @@ def _step(
     sizes = samples, adv.numel() // samples if samples else 0, _DTYPES[adv.dtype], _DTYPES[grad.dtype]
     workspace = None
     if name == "l2_step" and _on_gpu(adv):
-        with _device_of(adv):
+        with device_of(adv):
             doubles = _C.l2_workspace_cuda(*sizes)
         workspace = torch.empty(doubles, dtype=torch.float64, device=adv.device) if doubles else None
     _launch(

@@ -1,8 +1,6 @@
-"""What every launch needs: the arithmetic type, how many warps share a block, and the device that Triton launches on."""
+"""What every launch chooses: the arithmetic type, and how much one program and one thread handle."""
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton.language as tl
@@ -22,8 +20,3 @@ def on_chip(t: Tensor, kib: int) -> int:
 def warps(block: int, elements_per_thread: int) -> int:
     """Warps for a block of values at that many a thread; at most 16, which is all that a compute unit of AMD's has."""
     return max(1, min(16, block // (32 * elements_per_thread)))
-
-
-def on_device_of(t: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(t.device) if t.is_cuda and t.get_device() != torch.cuda.current_device() else nullcontext()

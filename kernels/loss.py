@@ -23,7 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arithmetic, on_chip, on_device_of, warps
+from fastadv.memory import device_of
+
+from .common import arithmetic, on_chip, warps
 
 # ----------------------------------------------------------------------------------------------------------- rows and tiles
 
@@ -277,7 +279,7 @@ def tile(logits: Tensor) -> dict[str, Any]:
 def _launch(kernel: Any, loss: Tensor, logits: Tensor, *pointers: Tensor | None, **constants: Any) -> None:
     rows, constants = logits.shape[0], {**tile(logits), **constants}
     if rows:
-        with on_device_of(logits):
+        with device_of(logits):
             kernel[(triton.cdiv(rows, constants["ROWS"]),)](loss, *pointers, rows, **constants)
 
 

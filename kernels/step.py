@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastadv.memory import alike, float64_per_sample
+from fastadv.memory import alike, device_of, float64_per_sample
 from fastadv.reference.step import Scalar
 
-from .common import arithmetic, on_chip, on_device_of, warps
+from .common import arithmetic, on_chip, warps
 
 # ------------------------------------------------------------------------------------------------ what all steps are made of
 
@@ -338,7 +338,7 @@ def _step(
     eps, radii = float64_per_sample(eps, adv)
     lo, hi, *extra = rest
     if adv.numel():
-        with on_device_of(adv):
+        with device_of(adv):
             launch(target, adv, grad, x, alphas, radii, alpha, eps, lo, hi, *extra)
     if target is not out:
         out.copy_(target)
@@ -395,7 +395,7 @@ def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: 
     eps, radii = float64_per_sample(eps, x)
     if x.numel():
         size = x.numel() // x.shape[0]
-        with on_device_of(x):
+        with device_of(x):
             linf_start_kernel[(x.shape[0] * triton.cdiv(size, STREAM_BLOCK),)](
                 target, x, radii, eps, lo, hi, seed, size,
                 ACC=arithmetic(x), BLOCK=STREAM_BLOCK, num_warps=4, enable_fp_fusion=False,
