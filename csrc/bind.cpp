@@ -1,11 +1,15 @@
 // The Python module fastadv._C: raw pointers, sizes and scalars in, nothing of PyTorch included, so one binary serves every
 // version of torch. fastadv/native.py turns tensors into these arguments. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "build_info.h"  // written by setup.py
 #include "launch.h"
 #include "loss.h"
 #include "step.h"
+#include "weights.h"
 
 namespace py = pybind11;
 using namespace fastadv;
@@ -64,6 +68,22 @@ void def_loss(py::module_& m, const char* name) {
   });
 }
 
+// Tables: one list for each field of Weight.
+template <auto kernel>
+void def_weights(py::module_& m, const char* name) {
+  using Column = std::vector<uintptr_t>;
+  m.def(name, [](const Column& weights, const Column& grads, const Column& origins, const std::vector<int64_t>& sizes,
+                 const std::vector<int>& dtypes, const std::vector<int>& grad_dtypes, uintptr_t sums, int64_t slices,
+                 bool record, double gamma, double alpha, uintptr_t where) {
+    std::vector<Weight> tensors;
+    for (size_t t = 0; t < weights.size(); ++t)
+      tensors.push_back({pointer<void>(weights.at(t)), pointer<void>(grads.at(t)), pointer<void>(origins.at(t)), sizes.at(t),
+                         DType(dtypes.at(t)), DType(grad_dtypes.at(t))});
+    const WeightsArgs args{tensors.data(), int64_t(tensors.size()), pointer<WeightSums>(sums), slices, record, gamma, alpha};
+    call(kernel, args, where);
+  });
+}
+
 // The choices of csrc/launch.h, as tests see them: needs neither a GPU nor a CUDA build.
 py::tuple as_tuple(const Launch& plan) {
   return py::make_tuple(plan.blocks, plan.rows, plan.threads, plan.shared, plan.cluster);
@@ -104,6 +124,9 @@ PYBIND11_MODULE(_C, m) {
   def_loss<dlr_targeted_cpu>(m, "dlr_targeted");
   def_loss<kl_cpu>(m, "kl");
   def_loss<se_cpu>(m, "se");
+
+  def_weights<weight_sums_cpu>(m, "weight_sums");
+  def_weights<perturb_cpu>(m, "perturb");
 
   def_launches(m.def_submodule("launches"));
 

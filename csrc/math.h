@@ -151,6 +151,22 @@ struct L2Step {
   }
 };
 
+// Adversarial weight perturbation (AWP): the l2 step of a tensor w about its origin o, all lengths relative to |o|. The sums
+// are |o|^2 and, with d = w - o, <d,d>, <d,g>, <g,g>.
+struct WeightSums {
+  double oo, dd, dg, gg;
+};
+
+FASTADV_FN WeightSums operator+(const WeightSums& a, const WeightSums& b) {
+  return {a.oo + b.oo, a.dd + b.dd, a.dg + b.dg, a.gg + b.gg};
+}
+
+template <class T>
+FASTADV_FN L2Step<T> weight_step(const WeightSums& sums, double gamma, double alpha) {
+  const double length = ::sqrt(sums.oo);
+  return L2Step<T>::from_sums(sums.dd, sums.dg, sums.gg, alpha * length, gamma * length, T(-HUGE_VAL), T(HUGE_VAL));
+}
+
 // The sparse l1 step before its projection: u = adv - x + step * sign(g) where pull >= threshold. The pull is |g|, and 0
 // where the step would run into the wall that adv already touches: those elements would waste their share of the step.
 template <class T>

@@ -7,6 +7,7 @@ then says why, and fastadv.ops falls back.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from .memory import alike, device_of, float64_per_sample
 from .reference.step import Scalar
+
+Tensors = Sequence[Tensor]
 
 
 def _load() -> tuple[Any, str | None]:
@@ -55,10 +58,15 @@ def missing(op: str, device_type: str) -> str:
 # In the order of DType in csrc/dtype.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# (image, gradient) types that the step kernels read as they are; other gradients are converted to the arithmetic type first.
+# (image, gradient) types that the step kernels read as they are; others are converted first.
 _STEP_DTYPES = {(t, t) for t in _DTYPES} | {
     pair for half in (torch.bfloat16, torch.float16) for pair in ((torch.float32, half), (half, torch.float32))
 }
+
+
+def _readable(grad: Tensor, like: Tensor) -> Tensor:
+    """``grad`` in a storage type that kernels read beside that of ``like``."""
+    return grad if (like.dtype, grad.dtype) in _STEP_DTYPES else grad.to(torch.promote_types(like.dtype, torch.float32))
 
 
 # --------------------------------------------------------------------------------------------------------- step family
@@ -72,7 +80,7 @@ def _on_gpu(t: Tensor) -> bool:
     return t.is_cuda
 
 
-def _launch(name: str, on: Tensor, *arguments: float) -> None:
+def _launch(name: str, on: Tensor, *arguments: Any) -> None:
     """Calls the kernel for the device of ``on``: CPU kernels take a number of threads last, CUDA kernels a stream."""
     if _on_gpu(on):
         with device_of(on):
@@ -94,9 +102,7 @@ def _step(
     hi: float,
     fraction: float = 0.0,
 ) -> None:
-    if (adv.dtype, grad.dtype) not in _STEP_DTYPES:
-        grad = grad.to(torch.promote_types(adv.dtype, torch.float32))
-    target, adv, grad, x = alike(out, adv, grad, x)
+    target, adv, grad, x = alike(out, adv, _readable(grad, adv), x)
     alpha, alphas = float64_per_sample(alpha, adv)
     eps, radii = float64_per_sample(eps, adv)
     samples = adv.shape[0]
@@ -169,3 +175,31 @@ dlr = partial(_loss, "dlr")
 dlr_targeted = partial(_loss, "dlr_targeted")
 kl = partial(_loss, "kl")
 se = partial(_loss, "se")
+
+
+# ------------------------------------------------------------------------------------------------------ weights family
+
+
+def weight_sums(sums: Tensor, weights: Tensors, grads: Tensors, origins: Tensors, record: bool) -> None:
+    rows = [alike(o, w, _readable(g, w), o) for w, g, o in zip(weights, grads, origins, strict=True)]
+    _launch_weights("weight_sums", [(w, g, target if record else o) for target, w, g, o in rows], sums, record)
+    for origin, (target, *_) in zip(origins, rows, strict=True):
+        if record and target is not origin:
+            origin.copy_(target)
+
+
+def perturb(weights: Tensors, grads: Tensors, origins: Tensors, sums: Tensor, gamma: float, alpha: float) -> None:
+    rows = [alike(w, w, _readable(g, w), o) for w, g, o in zip(weights, grads, origins, strict=True)]
+    _launch_weights("perturb", [(w, g, o) for _, w, g, o in rows], sums, False, gamma, alpha)
+    for weight, (_, moved, *_) in zip(weights, rows, strict=True):
+        if moved.data_ptr() != weight.data_ptr():
+            weight.copy_(moved)
+
+
+def _launch_weights(
+    name: str, rows: list[tuple[Tensor, Tensor, Tensor]], sums: Tensor, record: bool, gamma: float = 0.0, alpha: float = 0.0
+) -> None:
+    addresses = ([row[field].data_ptr() for row in rows] for field in range(3))
+    sizes = [w.numel() for w, _, _ in rows]
+    dtypes = ([_DTYPES[row[field].dtype] for row in rows] for field in range(2))
+    _launch(name, sums, *addresses, sizes, *dtypes, sums.data_ptr(), sums.shape[1], record, gamma, alpha)

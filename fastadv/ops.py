@@ -14,7 +14,7 @@ import contextlib
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
@@ -28,11 +28,13 @@ from .reference.step import Scalar
 
 STEPS = ("linf_step", "l2_step", "l1_step")
 STARTS = ("linf_start",)
+WEIGHTS = ("weight_sums", "perturb")
 LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted", "kl", "se")
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
 
 Implementation = Callable[..., Any]
+Tensors = Sequence[Tensor]
 
 # ---------------------------------------------------------------------------------------------------- choice of backend
 
@@ -71,7 +73,8 @@ def _triton_kernels() -> tuple[dict[str, Implementation], str]:
 
 
 def _reference(op: str) -> Implementation:
-    function = getattr(reference.loss if op in LOSSES else reference.step, op)
+    home = reference.loss if op in LOSSES else reference.weights if op in WEIGHTS else reference.step
+    function = getattr(home, op)
 
     def step(out: Tensor, *args: Any) -> None:
         out.copy_(function(*args))
@@ -89,6 +92,18 @@ def _reference(op: str) -> Implementation:
         if grad_ref is not None:
             grad_ref.copy_(d_ref)
 
+    def weight_sums(sums: Tensor, weights: Tensors, grads: Tensors, origins: Tensors, record: bool) -> None:
+        sums.zero_()
+        if weights:
+            sums[:, 0] = function(weights, grads, weights if record else origins)
+        if record:
+            restore_(origins, weights)
+
+    def perturb(weights: Tensors, grads: Tensors, origins: Tensors, sums: Tensor, gamma: float, alpha: float) -> None:
+        restore_(weights, function(weights, grads, origins, sums.sum(1), gamma, alpha))
+
+    if op in WEIGHTS:
+        return weight_sums if op == "weight_sums" else perturb
     return divergence if op in ("kl", "se") else loss if op in LOSSES else step
 
 
@@ -437,6 +452,107 @@ def _without_out(op: str, out: Out, result: tuple[Tensor, Tensor]) -> tuple[Tens
     raise ValueError(f"{op}: out= takes no part in autograd or torch.compile; leave it out there")
 
 
+# --------------------------------------------------------------------------------------------------------------- weights
+
+SLICES = {"cuda": 256}  # partial sums of a tensor, by device: as many blocks work on it; elsewhere one
+
+
+def weight_sums(weights: Tensors, grads: Tensors, origins: Tensors, *, record: bool = False) -> Tensor:
+    """``|o|^2, <d,d>, <d,g>, <g,g>`` of each tensor, d = weight - origin, in one pass over all.
+
+    Args:
+        weights: K floating tensors of any shapes, on one device.
+        grads: like the weights, any floating dtype.
+        origins: like the weights, the same dtypes.
+        record: copy the weights into ``origins`` in the same pass (then d = 0): the backup that :func:`restore_` reads.
+
+    Returns:
+        float64 [K, slices, 4]: partial sums, to be added up over the slices. Sums over shards of a tensor may be all-reduced.
+
+    Raises:
+        ValueError: the lists disagree in length, shapes, dtypes or devices.
+    """
+    _check_weights("weight_sums", weights, grads, origins)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastadv.weight_sums(list(weights), list(grads), list(origins), record)  # type: ignore[no-any-return]
+    return _weight_sums(weights, grads, origins, record)
+
+
+def _weight_sums(weights: Tensors, grads: Tensors, origins: Tensors, record: bool) -> Tensor:
+    sums = _sums_buffer(weights)
+    if weights:
+        _implementation_for("weight_sums", weights[0])(sums, weights, grads, origins, record)
+        for origin in origins if record else ():
+            _written(origin)
+    return sums
+
+
+def _sums_buffer(weights: Tensors) -> Tensor:
+    if not weights:
+        return torch.empty(0, 1, 4, dtype=torch.float64)
+    first = weights[0]
+    slices = SLICES.get(first.device.type, 1)
+    return torch.empty(len(weights), slices, 4, dtype=reference.weights.widest(first), device=first.device)
+
+
+def perturb_(
+    weights: Tensors, grads: Tensors, origins: Tensors, sums: Tensor, gamma: float, alpha: float | None = None
+) -> None:
+    """One step of adversarial weight perturbation, in place: ``w <- o + project(w - o + alpha |o| g/|g|)``, tensor by tensor.
+
+    Args:
+        weights, grads, origins: as :func:`weight_sums`; ``origins`` may be the weights themselves. Not differentiable.
+        sums: of these tensors, from :func:`weight_sums`.
+        gamma: radius of the ball about each origin, relative to its norm.
+        alpha: step size, likewise; default ``gamma``: from the origin, one step to the sphere (Wu, Xia and Wang, 2020).
+
+    A tensor whose gradient is zero or not finite is not moved.
+
+    Raises:
+        ValueError: the lists disagree as in :func:`weight_sums`, ``sums`` is not theirs, gamma is negative or alpha not finite.
+    """
+    _check_weights("perturb_", weights, grads, origins)
+    if sums.dim() != 3 or sums.shape[::2] != (len(weights), 4):
+        raise ValueError(f"perturb_: sums must be [{len(weights)}, slices, 4] from weight_sums; got {describe(sums)}")
+    alpha = gamma if alpha is None else alpha
+    if not 0 <= gamma < math.inf or not math.isfinite(alpha):
+        raise ValueError(f"perturb_: gamma must be finite and >= 0, and alpha finite; got {gamma}, {alpha}")
+    if torch.compiler.is_compiling():
+        torch.ops.fastadv.perturb_(list(weights), list(grads), list(origins), sums, gamma, alpha)
+    else:
+        _perturb(weights, grads, origins, sums, gamma, alpha)
+        for weight in weights:
+            _written(weight)
+
+
+def _perturb(weights: Tensors, grads: Tensors, origins: Tensors, sums: Tensor, gamma: float, alpha: float) -> None:
+    if weights:
+        with torch.no_grad():
+            _implementation_for("perturb", weights[0])(weights, grads, origins, sums, gamma, alpha)
+
+
+def restore_(weights: Tensors, origins: Tensors) -> None:
+    """``weights`` <- ``origins``, bit for bit, in place. Torch's own multi-tensor copy is one pass already."""
+    if weights:
+        with torch.no_grad():
+            torch._foreach_copy_(list(weights), list(origins))
+
+
+def _check_weights(op: str, weights: Tensors, grads: Tensors, origins: Tensors) -> None:
+    if not len(weights) == len(grads) == len(origins):
+        raise ValueError(f"{op}: weights, grads and origins must be as many; got {len(weights)}, {len(grads)}, {len(origins)}")
+    for i, (w, g, o) in enumerate(zip(weights, grads, origins, strict=True)):
+        if not (w.shape == g.shape == o.shape and w.dtype == o.dtype and w.is_floating_point() and g.is_floating_point()):
+            raise ValueError(
+                f"{op}: weights, grads and origins must be alike and floating; number {i} is "
+                f"{describe(w)}, {describe(g)}, {describe(o)}"
+            )
+        if not w.device == g.device == o.device == weights[0].device:
+            raise ValueError(
+                f"{op}: all tensors must be on {weights[0].device}; number {i} is on {w.device}, {g.device}, {o.device}"
+            )
+
+
 # ---------------------------------------------------------------------------------------------------------------- checks
 
 
@@ -559,6 +675,19 @@ def _register_divergence(op: str) -> None:
     torch.library.register_autograd(f"fastadv::{op}", backward, setup_context=setup_context, lib=_library)
 
 
+def _register_weights() -> None:
+    _register(
+        "weight_sums(Tensor[] weights, Tensor[] grads, Tensor(a!)[] origins, bool record) -> Tensor",
+        _weight_sums,
+        lambda weights, *_: _sums_buffer(weights),
+    )
+    _register(
+        "perturb_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] origins, Tensor sums, float gamma, float alpha) -> ()",
+        _perturb,
+        lambda *_: None,
+    )
+
+
 def _scale_rows(grad_loss: Tensor, dlogits: Tensor) -> Tensor:
     return (grad_loss[:, None] * dlogits).to(dlogits.dtype)
 
@@ -573,6 +702,7 @@ _register_step("linf_step")
 _register_step("l2_step")
 _register_step("l1_step", "float fraction, ")
 _register_start("linf_start")
+_register_weights()
 for _op in ("ce", "log_odds", "margin", "dlr"):
     _register_loss(_op)
 _register_loss("dlr_targeted", ", Tensor target")

@@ -21,7 +21,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_cpu_tensors_take_the_cpp_kernels():
-    for op in (*ops.STEPS, *ops.LOSSES):
+    for op in (*ops.STEPS, *ops.STARTS, *ops.WEIGHTS, *ops.LOSSES):
         assert ops.choice(op, "cpu") == ("cpp", "first choice")
 
 
