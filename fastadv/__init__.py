@@ -11,9 +11,12 @@ from ._version import __version__
 from .attacks import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
 from .normalize import Normalize
 from .ops import use_backend
+from .weights import AWP, RWP
 
 __all__ = [
+    "AWP",
     "PGD",
+    "RWP",
     "AttackInfo",
     "NaNGradientWarning",
     "Normalize",
