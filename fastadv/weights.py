@@ -272,7 +272,7 @@ class RWP(_WeightPerturbation):
 
 @contextlib.contextmanager
 def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Gives all buffers their values back: running statistics (which torch changes without counting versions), power iterations."""
+    """Gives all buffers their values back: running statistics, which torch changes without counting versions, and others."""
     buffers = list(model.buffers())
     before = [buffer.detach().clone() for buffer in buffers]
     try:
