@@ -2,27 +2,81 @@
 
     x_adv = fastadv.pgd(model, x, y, eps=8/255)
 
-Attacks are in ``fastadv.attacks``, the fused ops they stand on in ``fastadv.ops``, and what each op must compute in
-``fastadv.reference``.
+Attacks are in ``fastadv.attacks``, training methods in ``fastadv.objectives`` and their losses in ``fastadv.functional``, the
+fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``fastadv.reference``.
 """
 
-from . import attacks, ops, reference
+from . import attacks, functional, objectives, ops, reference
 from ._version import __version__
 from .attacks import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
 from .normalize import Normalize
+from .objectives import (
+    ALP,
+    DM,
+    FGSMRS,
+    GKL,
+    MART,
+    MMC,
+    NFGSM,
+    PGDAT,
+    RST,
+    SCORE,
+    SCOREPGDAT,
+    TRADES,
+    CatastrophicOverfitting,
+    Consistency,
+    FeatureScatter,
+    FreeAT,
+    HalfHalf,
+    HypersphereHead,
+    HypersphereMargin,
+    LabelSmoothing,
+    MMCHead,
+    Objective,
+    Output,
+    RSTStability,
+    Standard,
+)
 from .ops import use_backend
 from .weights import AWP, RWP
 
 __all__ = [
+    "ALP",
     "AWP",
+    "DM",
+    "FGSMRS",
+    "GKL",
+    "MART",
+    "MMC",
+    "NFGSM",
     "PGD",
+    "PGDAT",
+    "RST",
     "RWP",
+    "SCORE",
+    "SCOREPGDAT",
+    "TRADES",
     "AttackInfo",
+    "CatastrophicOverfitting",
+    "Consistency",
+    "FeatureScatter",
+    "FreeAT",
+    "HalfHalf",
+    "HypersphereHead",
+    "HypersphereMargin",
+    "LabelSmoothing",
+    "MMCHead",
     "NaNGradientWarning",
     "Normalize",
+    "Objective",
+    "Output",
+    "RSTStability",
+    "Standard",
     "__version__",
     "attacks",
     "fgsm",
+    "functional",
+    "objectives",
     "ops",
     "pgd",
     "reference",

@@ -100,12 +100,12 @@ def labels(y: Any, x: Tensor) -> None:
         raise ValueError(f"y must be integer labels [{x.shape[0]}] or soft labels [{x.shape[0]}, C]; got {describe(y)}")
 
 
-def logits(value: Any, x: Tensor, y: Tensor | None) -> None:
+def logits(value: Any, x: Tensor, y: Tensor | None, source: str = "model(x) must return") -> None:
     """What the model returned: [N, C], and wide enough for the labels."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"model(x) must return a tensor of logits [{x.shape[0]}, C]; got {type(value).__name__}")
+        raise ValueError(f"{source} a tensor of logits [{x.shape[0]}, C]; got {type(value).__name__}")
     if value.dim() != 2 or value.shape[0] != x.shape[0] or value.shape[1] < 2 or not value.is_floating_point():
-        raise ValueError(f"model(x) must return floating logits [{x.shape[0]}, C] with C >= 2; got {describe(value)}")
+        raise ValueError(f"{source} floating logits [{x.shape[0]}, C] with C >= 2; got {describe(value)}")
     if y is None:
         return
     if y.is_floating_point():

@@ -129,25 +129,29 @@ class PGD:
         shown = ("eps", "alpha", "steps", "norm", "loss", "bn", "restarts", "targeted", "bounds")
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
-    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor | None = None, logits_ref: Tensor | None = None) -> Tensor:
         """Attacks the batch.
 
         Args:
             x: clean images [N, ...], floating, inside the bounds.
             y: integer labels [N] or soft labels [N, C] ("ce" only); target classes if ``targeted``. Optional for losses
                 that need none; success is then a change of the clean prediction.
+            logits_ref: the model's clean logits [N, C], where the caller has them already: what "kl", "se" and targeted "dlr"
+                measure from. Default: one forward of x.
 
         Returns:
             Adversarial images like x in shape, dtype and memory format, inside ball and bounds; detached.
         """
         lo, hi = self._check_sizes()
         self._check_batch(x, y, lo, hi)
+        if logits_ref is not None:
+            checks.logits(logits_ref, x, y, source="logits_ref must be")
         if x.numel() == 0:
             self.info = AttackInfo(*_zero_and_nan(None, x), None, None, 0)
             return x.detach().clone()
         model = engine.unwrap(self.model)
         with engine.attacking(model, self.bn):
-            x_adv, self.info = self._attack(model, x.detach(), y, lo, hi)
+            x_adv, self.info = self._attack(model, x.detach(), y, logits_ref, lo, hi)
         if x_adv.device.type == "cpu" and bool(self.info.nan_grad.any()):
             message = "some input gradients are NaN; these elements were not moved (see attack.info.nan_grad)"
             warnings.warn(NaNGradientWarning(message), stacklevel=2)
@@ -155,7 +159,9 @@ class PGD:
 
     # ------------------------------------------------------------------------------------------------------ the attack
 
-    def _attack(self, model: engine.Model, x: Tensor, y: Tensor | None, lo: float, hi: float) -> tuple[Tensor, AttackInfo]:
+    def _attack(
+        self, model: engine.Model, x: Tensor, y: Tensor | None, logits_ref: Tensor | None, lo: float, hi: float
+    ) -> tuple[Tensor, AttackInfo]:
         # The image is kept in fp32 (or wider) whatever precision x and the model have: sums of small steps need it.
         centre = x.to(torch.promote_types(x.dtype, torch.float32))
         farthest = per_sample(self.eps, x, torch.float64) if self.norm == "linf" else math.inf
@@ -189,7 +195,7 @@ class PGD:
         reference = None  # clean logits, where something is measured from them
         if self._is_divergence or (self.loss == "dlr" and self.targeted) or (best is not None and y is None):
             with torch.no_grad():
-                reference = forward(x)
+                reference = forward(x) if logits_ref is None else logits_ref.detach()
         label = _hard_labels(reference if y is None else y)
         step_, gradient = STEPS[self.norm], None
 

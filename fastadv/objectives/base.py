@@ -1,0 +1,109 @@
+"""What every objective is: an inner attack, an outer loss, and the two in one call.
+
+out = objective(model, x, y)                                # attack, forward passes, loss
+out.loss.backward()
+
+x_adv = objective.adversarial(model, x, y)                  # the same in two halves, for AWP and the like
+objective.loss(model, x, y, x_adv).backward()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..attacks import PGD
+from ..engine import Model
+
+LabelLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One training step's results, all tensors: nothing waits for the device.
+
+    Attributes:
+        loss: scalar; its graph is the training step's.
+        logits: [N, C] of the clean images, where the objective runs them.
+        logits_adv: [N, C] of the adversarial ones, likewise.
+        x_adv: the adversarial images, detached.
+        metrics: "accuracy" and "robust_accuracy" of this batch, 0-dim, as far as there are logits and labels.
+    """
+
+    loss: Tensor
+    logits: Tensor | None
+    logits_adv: Tensor | None
+    x_adv: Tensor | None
+    metrics: dict[str, Tensor]
+
+
+class Objective:
+    """A training method. ``attack``: a :class:`fastadv.PGD`, or None for the paper's (:meth:`paper_attack`).
+
+    Subclasses say in ``PAPER`` how their paper attacks and in :meth:`forward` what it minimises.
+    """
+
+    PAPER: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, attack: PGD | None = None) -> None:
+        if attack is not None and not isinstance(attack, PGD):
+            raise ValueError(f"attack must be a fastadv.PGD, or None for the paper's; got {type(attack).__name__}")
+        self.attack = attack
+
+    @classmethod
+    def paper_attack(cls, model: Model, **changes: Any) -> PGD:
+        """The paper's attack on ``model``, with ``changes``: ``TRADES.paper_attack(model, eps=0.3, alpha=0.01, steps=40)``."""
+        return PGD(model, **{**cls.PAPER, **changes})
+
+    def attack_on(self, model: Model) -> PGD:
+        """The attack: the given one, else the paper's on ``model``, kept until another model comes."""
+        if self.attack is not None:
+            return self.attack
+        kept: PGD | None = getattr(self, "_paper_attack", None)
+        if kept is None or kept.model is not model:
+            kept = self._paper_attack = self.paper_attack(model)
+        return kept
+
+    def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        """The inner maximisation: adversarial images like x, detached. The model is left as it was found."""
+        return self.attack_on(model)(x, y)
+
+    def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
+        """The outer loss on images that were attacked already: the forward passes that a training step needs."""
+        raise NotImplementedError
+
+    def loss(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Tensor:
+        """The scalar of :meth:`forward`: what AWP ascends and the optimiser descends."""
+        return self.forward(model, x, y, x_adv).loss
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor) -> Output:
+        """Attacks the batch and evaluates the loss, in the modes that the model's submodules are in.
+
+        Args:
+            model: [N, ...] to logits [N, C]; may be wrapped in DistributedDataParallel or compiled.
+            x: clean images [N, ...] inside the attack's bounds.
+            y: labels [N], integer; soft labels [N, C] where the objective's formula is one in soft labels.
+
+        Raises:
+            ValueError: from the attack (:class:`fastadv.PGD`), before any work.
+        """
+        return self.forward(model, x, y, self.adversarial(model, x, y))
+
+    def __repr__(self) -> str:
+        shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def output(loss: Tensor, y: Tensor, logits: Tensor | None, logits_adv: Tensor | None, x_adv: Tensor | None) -> Output:
+    """An :class:`Output` with its metrics. Labels below 0 are unknown and count in no accuracy."""
+    label = y.argmax(1) if y.is_floating_point() else y
+    known = label >= 0
+    metrics = {
+        name: ((z.detach().argmax(1) == label) & known).sum() / known.sum()
+        for name, z in (("accuracy", logits), ("robust_accuracy", logits_adv))
+        if z is not None
+    }
+    return Output(loss, logits, logits_adv, x_adv, metrics)
