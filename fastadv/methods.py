@@ -62,7 +62,7 @@ METHODS = {
     ),
     "feature-scatter": Method(lambda attack: o.FeatureScatter(attack(steps=1, loss=transport_cost)), alpha=1.0),
     "rst": Method(lambda attack: o.RST(attack(**KL), beta=1.0), labelled=0.5),
-    "rst-stability": Method(lambda attack: o.RSTStability()),
+    "rst-stability": Method(lambda attack: o.RSTStability(generator=attack().generator)),
     "mmc": Method(
         lambda attack: o.MMC(10, attack(loss=mmc_distance, targeted=True), generator=attack().generator),
         head=partial(o.MMCHead, 100, 10, 32, norm=3.0),
