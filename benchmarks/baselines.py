@@ -114,7 +114,7 @@ def pgd_textbook(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: floa
     for _ in range(steps):
         adv.requires_grad_()
         (grad,) = torch.autograd.grad(F.cross_entropy(model(adv), y, reduction="sum"), adv)
-        adv = _textbook_step(adv.detach(), grad, x, eps, alpha)
+        adv = textbook_step(adv.detach(), grad, x, eps, alpha)
     return adv
 
 
@@ -125,11 +125,11 @@ def pgd_backward(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: floa
         adv.requires_grad_()
         model.zero_grad()
         F.cross_entropy(model(adv), y, reduction="sum").backward()
-        adv = _textbook_step(adv.detach(), adv.grad, x, eps, alpha)
+        adv = textbook_step(adv.detach(), adv.grad, x, eps, alpha)
     return adv
 
 
-def _textbook_step(adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float) -> Tensor:
+def textbook_step(adv: Tensor, grad: Tensor, x: Tensor, eps: float, alpha: float) -> Tensor:
     adv = adv + alpha * grad.sign()
     return torch.min(torch.max(adv, x - eps), x + eps).clamp(0, 1)
 
