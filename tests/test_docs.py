@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,30 @@ def test_python_blocks_run_in_order(page, tmp_path):
     program.write_text("\n".join(blocks(page, "python")))
     done = subprocess.run([sys.executable, "-W", "error", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_example_of_pretraining_runs(capsys):
+    from fastadv import demo
+
+    digits = demo.load_digits()
+    example = runpy.run_path(str(ROOT / "examples" / "pretraining.py"))["main"]
+    few = demo.Digits(*(t[:100] for t in digits))
+    example.__globals__.update(PRETRAINING=1, FINE_TUNING=1, load_digits=lambda: few)
+    example()
+    assert re.fullmatch(
+        r"from scratch +clean [\d.]+% +PGD-20 [\d.]+%\nadversarially pre-trained clean [\d.]+% +PGD-20 [\d.]+%\n",
+        capsys.readouterr().out,
+    )
+
+
+def test_every_objective_has_its_row():
+    page = (ROOT / "docs" / "methods.md").read_text()
+    for name in fastadv.objectives.__all__:
+        found = getattr(fastadv, name)
+        if isinstance(found, type) and found not in (fastadv.Objective, fastadv.Output):
+            home = found.__module__.removeprefix("fastadv.").replace(".", "/")
+            assert f"../fastadv/{home}.py" in page, f"docs/methods.md does not link the file of {name}"
+            assert name in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
