@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import checks, ops
 
@@ -25,6 +26,10 @@ Select = Callable[[str, nn.Parameter], bool]
 
 SYNCS = ("auto", "global", "local")
 RESTORES = ("before_step", "after_step")
+LOST = (
+    "weights changed inside perturb(), and that change would be lost: with restore='before_step' call optimizer.step() after "
+    "the block, or use restore='after_step'"
+)
 
 
 def conv_and_linear_weights(name: str, parameter: nn.Parameter) -> bool:
@@ -89,10 +94,10 @@ class _WeightPerturbation:
         if self._active:
             raise RuntimeError("perturb() inside perturb(): the weights are already perturbed")
         self.calls += 1
-        if self.calls <= self.warmup or self.gamma == 0:
+        parameters = self._selected()
+        if self.calls <= self.warmup or self.gamma == 0 or not parameters:  # all may have been frozen since
             yield
             return
-        parameters = self._selected()
         weights = [_local(p) for p in parameters]
         origins = self._like("origins", weights)
         recorded, self._active = False, True
@@ -104,21 +109,19 @@ class _WeightPerturbation:
                 ops.perturb_(weights, grads, origins if step else weights, sums, self.gamma, self.alpha)
                 torch.clear_autocast_cache()  # of weights cast before they moved
             del grads
-            moved = self._like("moved", weights) if self.restore == "after_step" else None
-            if moved is not None:
+            if self.restore == "after_step":
+                moved = self._like("moved", weights)
                 ops.restore_(moved, weights)
-            versions = [w._version for w in weights]
-            yield
-            if moved is not None:  # as the papers: what the optimiser did at the perturbed weights, at the weights
-                with torch.no_grad():
+                yield
+                with torch.no_grad():  # as the papers: what the optimiser did at the perturbed weights, at the weights
                     torch._foreach_sub_(weights, moved)
                     torch._foreach_add_(weights, origins)
-            elif versions != [w._version for w in weights]:
-                raise RuntimeError(
-                    "weights changed inside perturb(), and that change is lost: with restore='before_step' call "
-                    "optimizer.step() after the block, or use restore='after_step'"
-                )
             else:
+                versions = [w._version for w in weights]
+                with self._steps_refused(parameters):
+                    yield
+                if versions != [w._version for w in weights]:
+                    raise RuntimeError(LOST)
                 ops.restore_(weights, origins)
         except BaseException:
             if recorded:
@@ -134,8 +137,24 @@ class _WeightPerturbation:
         if [(b.shape, b.stride(), b.dtype, b.device) for b in kept] != [
             (w.shape, w.stride(), w.dtype, w.device) for w in weights
         ]:
-            kept = self._buffers[name] = [torch.empty_like(w, requires_grad=False) for w in weights]
+            with torch.inference_mode(False):  # usable outside of it later
+                kept = self._buffers[name] = [torch.empty_like(w, requires_grad=False) for w in weights]
         return kept
+
+    @contextlib.contextmanager
+    def _steps_refused(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Before they are done; and fused ones, as ``SGD(fused=True)``, do not count versions."""
+        ours = {id(p) for p in parameters}
+
+        def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if self._active and any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+                raise RuntimeError(LOST)
+
+        hook = register_optimizer_step_pre_hook(refuse)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     # --------------------------------------------------------------------------------------------------------- the ranks
 
@@ -239,7 +258,7 @@ class AWP(_WeightPerturbation):
                 raise ValueError(f"loss() must return a scalar tensor that depends on the model's weights; got {got}")
             if _is_sharded(parameters):
                 return _gradients_by_backward(value, self.model, parameters)
-            return list(torch.autograd.grad(value.reshape(()), parameters, allow_unused=True, materialize_grads=True))
+            return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
 
 
 class RWP(_WeightPerturbation):
@@ -273,11 +292,14 @@ class RWP(_WeightPerturbation):
 @contextlib.contextmanager
 def _buffers_restored(model: nn.Module) -> Iterator[None]:
     """Gives all buffers their values back: running statistics, which torch changes without counting versions, and others."""
-    buffers = list(model.buffers())
+    places = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    buffers = [buffer for _, _, buffer in places]
     before = [buffer.detach().clone() for buffer in buffers]
     try:
         yield
     finally:
+        for home, name, buffer in places:  # where forward binds new ones
+            home[name] = buffer
         ops.restore_(buffers, before)
 
 
