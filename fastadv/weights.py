@@ -65,11 +65,14 @@ class _WeightPerturbation:
             raise ValueError(f"select must be callable on (name, parameter); got {type(select).__name__}")
         self.model, self.gamma, self.alpha, self.steps, self.select = model, gamma, alpha, steps, select
         self.warmup, self.sync, self.restore, self.calls = warmup, sync, restore, 0
+        ddp = next((m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+        self._ddp, self._group = ddp, None if ddp is None else ddp.process_group
+        self._is_global = sync == "global" or (sync == "auto" and ddp is not None)
         self._buffers: dict[str, list[Tensor]] = {}  # kept between calls: fresh memory costs more than the kernels
         self._active = False
         if not self._selected():
             raise ValueError("no parameter to perturb: select(name, parameter) is false for all that require grad")
-        if restore == "after_step" and self._ranks() > 1 and not self._is_global() and not _is_sharded(self._selected()):
+        if restore == "after_step" and self._ranks() > 1 and not self._is_global and not _is_sharded(self._selected()):
             raise ValueError(
                 "restore='after_step' with sync='local' lets ranks drift apart (weight decay acts on each rank's own "
                 "perturbed weights); use sync='global' or restore='before_step'"
@@ -160,20 +163,16 @@ class _WeightPerturbation:
 
     def _ranks(self) -> int:
         ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return torch.distributed.get_world_size() if ready else 1
-
-    def _is_global(self) -> bool:
-        return self.sync == "global" or (self.sync == "auto" and isinstance(self.model, nn.parallel.DistributedDataParallel))
+        return torch.distributed.get_world_size(self._group) if ready else 1
 
     def _agreed(self, parameters: list[nn.Parameter], grads: list[Tensor]) -> list[Tensor]:
         """The gradients' mean over ranks where the perturbation is global: one flat all-reduce for each dtype."""
-        if not self._is_global() or self._ranks() == 1 or _is_sharded(parameters):
+        if not self._is_global or self._ranks() == 1 or _is_sharded(parameters):
             return grads
         for dtype in {g.dtype: None for g in grads}:  # in one order on all ranks
             same = [g for g in grads if g.dtype == dtype]
-            flat = torch.cat([g.reshape(-1) for g in same])
-            torch.distributed.all_reduce(flat)
-            flat /= self._ranks()
+            flat = torch.cat([g.reshape(-1) for g in same]).div_(self._ranks())  # first: their sum may overflow
+            torch.distributed.all_reduce(flat, group=self._group)
             parts = torch.split(flat, [g.numel() for g in same])
             torch._foreach_copy_(same, [part.view_as(g) for part, g in zip(parts, same, strict=True)])
         return grads
@@ -204,8 +203,9 @@ class AWP(_WeightPerturbation):
             their name. Frozen parameters never move; tied ones move once.
         warmup: calls of :meth:`perturb` that perturb nothing yet (the paper's TRADES-AWP: 10 epochs, times the batches).
         sync: what ranks of torch.distributed agree on. "global": all perturb by the gradient of the global batch (one
-            all-reduce). "local": each by its own. "auto": global under DistributedDataParallel, else local. The shards
-            of FSDP2 always belong to one global perturbation.
+            all-reduce, in the process group of DistributedDataParallel). "local": each by its own. "auto": global where
+            ``model`` is or holds DistributedDataParallel, else local. The shards of FSDP2 always belong to one global
+            perturbation.
         restore: "before_step": the weights are restored, bit for bit, when the block ends; call ``optimizer.step()`` after
             it. "after_step": call it inside; the block's end takes v off again, so weight decay has acted on w + v, as in
             the papers' code. Costs a third copy of the weights.
@@ -213,7 +213,7 @@ class AWP(_WeightPerturbation):
     The ascent leaves ``.grad``, buffers (batch statistics) and DistributedDataParallel's reducer alone.
 
     Raises:
-        ValueError: an argument is not as described, or nothing is selected.
+        ValueError: an argument is not as described, nothing is selected, or DistributedDataParallel has a static graph.
     """
 
     def __init__(
@@ -228,6 +228,8 @@ class AWP(_WeightPerturbation):
         restore: str = "before_step",
     ) -> None:
         super().__init__(model, gamma, alpha, steps, select, warmup, sync, restore)
+        if self._ddp is not None and self._ddp.static_graph:
+            raise ValueError("DistributedDataParallel(static_graph=True) takes the ascent for training; wrap without it")
 
     def perturb(self, loss: Loss) -> contextlib.AbstractContextManager[None]:
         """Moves the weights up ``loss`` for the length of a ``with`` block, which may span several micro-batches.
@@ -319,6 +321,11 @@ def _gradients_by_backward(loss: Tensor, model: nn.Module, parameters: list[nn.P
         for p, _ in kept:
             p.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
+        if all(p.grad is None for p in parameters):
+            raise ValueError(
+                "loss() gave no sharded weight a gradient; if FSDP2 was told not to reduce, call "
+                "set_requires_gradient_sync(True) before perturb()"
+            )
         return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
     finally:
         for p, grad in kept:
