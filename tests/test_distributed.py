@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -309,13 +310,21 @@ def an_overflow_on_one_rank_moves_no_rank() -> None:
 
 @check
 def ranks_agree_within_the_group_of_their_model() -> None:
-    """Each rank trains a model of its own here, in a group of one: its perturbation is nobody else's."""
-    groups = [dist.new_group([rank]) for rank in range(RANKS)]
-    model = DistributedDataParallel(net(), process_group=groups[dist.get_rank()])
+    """In a group of one the perturbation is the rank's own; in any other the all-reduce is that group's."""
+    alone = [dist.new_group([rank]) for rank in range(RANKS)][dist.get_rank()]
+    model = DistributedDataParallel(net(), process_group=alone)
     (expected,) = torch.autograd.grad(ce(model.module, *mine()), model.module[1].weight)
     w = model.module[1].weight.detach().clone()
     with fastadv.AWP(model, GAMMA, restore="after_step").perturb(lambda: ce(model, *mine())):
         torch.testing.assert_close(model.module[1].weight - w, GAMMA * w.norm() / expected.norm() * expected, **EXACT)
+
+    both = dist.new_group([0, 1])
+    model = DistributedDataParallel(net(), process_group=both)
+    with (
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce,
+        fastadv.AWP(model, GAMMA).perturb(lambda: ce(model, *mine())),
+    ):
+        assert [call.kwargs["group"] for call in all_reduce.call_args_list] == [both]
 
 
 @check
@@ -394,11 +403,13 @@ class Chain(nn.Module):
         return x
 
 
-def sharded() -> nn.Module:
+def sharded(replicas: int = 1) -> nn.Module:
+    """In one shard for each rank, or as replicas of which each has its ranks' shards (HSDP)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model, mesh = Chain(), init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (replicas, RANKS // replicas), mesh_dim_names=("replicate", "shard"))
+    model, mesh = Chain(), mesh if replicas > 1 else mesh["shard"]
     for layer in model.layers:
         if any(True for _ in layer.parameters()):
             fully_shard(layer, mesh=mesh)
@@ -442,8 +453,8 @@ def sharded_weights_move_as_whole_ones() -> None:
 
 @check
 def sharded_training_is_that_of_one_process() -> None:
-    for restore in ("before_step", "after_step"):
-        model, alone = sharded(), Chain()
+    for replicas, restore in ((1, "before_step"), (1, "after_step"), (2, "before_step"), (2, "after_step")):
+        model, alone = sharded(replicas), Chain()
         awp, optimizer, its_optimizer = fastadv.AWP(model, GAMMA, restore=restore), sgd(model), sgd(alone)
         for _ in range(5):
             awp_step(awp, model, optimizer, *mine32())
