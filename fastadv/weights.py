@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,6 +91,7 @@ class _WeightPerturbation:
 
     def _selected(self) -> list[nn.Parameter]:
         """Each parameter once, however often it is tied, in the model's order; asked anew, since users freeze and replace."""
+        _reshard(self.model)
         return [p for name, p in self.model.named_parameters() if p.requires_grad and self.select(name, p)]
 
     @contextlib.contextmanager
@@ -133,6 +135,7 @@ class _WeightPerturbation:
         finally:
             self._active = False
             torch.clear_autocast_cache()
+            _reshard(self.model)
 
     def _like(self, name: str, weights: list[Tensor]) -> list[Tensor]:
         """Buffers like the weights, the same ones in every call."""
@@ -253,14 +256,23 @@ class AWP(_WeightPerturbation):
         return self._perturbed(lambda parameters: self._ascent(loss, parameters))
 
     def _ascent(self, loss: Loss, parameters: list[nn.Parameter]) -> list[Tensor]:
-        with torch.inference_mode(False), torch.enable_grad(), _buffers_restored(self.model):
+        sharded = _is_sharded(parameters)
+        aside = _grads_set_aside(list(self.model.parameters())) if sharded else contextlib.nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), _buffers_restored(self.model), aside:
             value = loss()
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 got = checks.describe(value) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"loss() must return a scalar tensor that depends on the model's weights; got {got}")
-            if _is_sharded(parameters):
-                return _gradients_by_backward(value, self.model, parameters)
-            return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
+            if not sharded:
+                return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
+            value.backward()  # type: ignore[no-untyped-call]  # which alone reaches the shards of FSDP2
+            _reshard(self.model)
+            if all(p.grad is None for p in parameters):
+                raise ValueError(
+                    "loss() gave no sharded weight a gradient; if FSDP2 was told not to reduce, call "
+                    "set_requires_gradient_sync(True) before perturb()"
+                )
+            return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
 
 
 class RWP(_WeightPerturbation):
@@ -309,24 +321,28 @@ def _is_sharded(parameters: list[nn.Parameter]) -> bool:
     return hasattr(parameters[0], "to_local")  # a DTensor, whose class costs a second to import
 
 
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 keeps weights gathered after a forward without a backward, as attacks end in: stale once their shards move."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if not imported, which takes a second, then not used
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def _local(t: Any) -> Tensor:
     """The memory of a parameter on this rank: of an FSDP2 parameter its shard."""
     return (t.to_local() if hasattr(t, "to_local") else t).detach()  # type: ignore[no-any-return]
 
 
-def _gradients_by_backward(loss: Tensor, model: nn.Module, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """For FSDP2, whose sharded parameters only ``backward`` reaches; every ``.grad`` is as it was afterwards."""
-    kept = [(p, p.grad) for p in model.parameters()]
+@contextlib.contextmanager
+def _grads_set_aside(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """No parameter has a ``.grad`` inside, and each the one that it had afterwards."""
+    before = [p.grad for p in parameters]
     try:
-        for p, _ in kept:
+        for p in parameters:
             p.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
-        if all(p.grad is None for p in parameters):
-            raise ValueError(
-                "loss() gave no sharded weight a gradient; if FSDP2 was told not to reduce, call "
-                "set_requires_gradient_sync(True) before perturb()"
-            )
-        return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
+        yield
     finally:
-        for p, grad in kept:
+        for p, grad in zip(parameters, before, strict=True):
             p.grad = grad

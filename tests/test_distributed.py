@@ -411,7 +411,7 @@ def sharded(replicas: int = 1) -> nn.Module:
     mesh = init_device_mesh("cpu", (replicas, RANKS // replicas), mesh_dim_names=("replicate", "shard"))
     model, mesh = Chain(), mesh if replicas > 1 else mesh["shard"]
     for layer in model.layers:
-        if any(True for _ in layer.parameters()):
+        if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -466,6 +466,43 @@ def sharded_training_is_that_of_one_process() -> None:
 def chain_step(model: nn.Module, optimizer: torch.optim.Optimizer, restore: str) -> None:
     model.layers.unused.requires_grad_(False)
     plainly(model, optimizer, restore)
+
+
+@check
+def sharded_weights_are_not_mistaken_for_gathered_ones() -> None:
+    """FSDP2 keeps the root's weights gathered after a forward that has no backward, as attacks and evaluation end in."""
+    x, y = mine32()
+    for method in ("AWP", "RWP"):
+        model, alone = sharded(), Chain()
+        perturbed = fastadv.AWP(model, GAMMA) if method == "AWP" else fastadv.RWP(model, GAMMA)
+        shards = {n: p.to_local().detach().clone() for n, p in model.named_parameters()}
+        for _ in range(2):
+            with torch.no_grad():
+                model(x)
+            with perturbed.perturb(lambda: ce(model, x, y)) if method == "AWP" else perturbed.perturb():  # noqa: B023
+                moved = {n: full(p) for n, p in model.named_parameters()}
+                alone.load_state_dict(moved)
+                with torch.no_grad():
+                    assert (moved["layers.1.weight"] != Chain().layers[1].weight).any()
+                    assert (moved["layers.6.fc.weight"] != Chain().layers[6].fc.weight).any()
+                    torch.testing.assert_close(model(x), alone(x), rtol=0, atol=1e-6)
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), Chain()(x), rtol=0, atol=1e-6)
+            model.reshard()
+            assert all(torch.equal(p.to_local(), shards[n]) for n, p in model.named_parameters())
+
+
+@check
+def sharded_weights_that_stay_gathered_after_a_backward_move_too() -> None:
+    model, alone = sharded(), Chain()
+    model.set_reshard_after_backward(False)
+    awp, optimizer, its_optimizer = fastadv.AWP(model, GAMMA, restore="after_step"), sgd(model), sgd(alone)
+    for _ in range(3):
+        awp_step(awp, model, optimizer, *mine32())
+        chain_step(alone, its_optimizer, "after_step")
+    model.reshard()
+    for name, p in alone.named_parameters():
+        torch.testing.assert_close(full(model.get_parameter(name)), p.detach(), rtol=0, atol=1e-6)
 
 
 @check
