@@ -247,7 +247,7 @@ class AWP(_WeightPerturbation):
 
         Raises:
             ValueError: ``loss()`` is not a scalar that depends on the weights.
-            RuntimeError: perturb() is already active; or, at the end, the weights were changed inside "before_step".
+            RuntimeError: perturb() is already active; or the weights are changed inside "before_step", by an optimiser or else.
         """
         if not callable(loss):
             raise ValueError(

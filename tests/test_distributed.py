@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastadv
 
-RANKS, SECONDS = 2, 180
+RANKS, SECONDS = 2, 300
 GAMMA, LR, STEPS = 0.05, 0.1, 20
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 REFUSED = ("local", "after_step")
