@@ -295,9 +295,15 @@ class RWP(_WeightPerturbation):
 
     def perturb(self) -> contextlib.AbstractContextManager[None]:
         """Moves the weights for the length of a ``with`` block, as :meth:`AWP.perturb`."""
-        return self._perturbed(
-            lambda parameters: [torch.empty_like(_local(p)).normal_(generator=self.generator) for p in parameters]
-        )
+        return self._perturbed(self._noise)
+
+    def _noise(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        noise = [torch.empty_like(_local(p)).normal_(generator=self.generator) for p in parameters]
+        for p, n in zip(parameters, noise, strict=True) if _is_sharded(parameters) else ():
+            for group, placement in zip(p.device_mesh.get_all_groups(), p.placements, strict=True):  # type: ignore[attr-defined]
+                if placement.is_replicate():  # of shards, in HSDP: their sum has as good a direction as each
+                    torch.distributed.all_reduce(n, group=group)
+        return noise
 
 
 # ------------------------------------------------------------------------------------------------------------- the model

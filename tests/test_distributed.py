@@ -417,7 +417,7 @@ def sharded(replicas: int = 1) -> nn.Module:
 
 
 def full(t: Tensor) -> Tensor:
-    return t.detach().full_tensor()
+    return t.detach().full_tensor().clone()  # one shard is itself the whole
 
 
 def mine32() -> tuple[Tensor, Tensor]:
@@ -542,13 +542,19 @@ def gradients_of_shards_accumulate_without_synchronisation() -> None:
 
 @check
 def random_perturbations_of_shards_have_the_length_of_whole_ones() -> None:
-    model = sharded()
-    before = [full(p) for p in model.parameters()]
-    with fastadv.RWP(model, GAMMA).perturb():
-        for p, was in zip(model.parameters(), before, strict=True):
-            if p.dim() > 1:
-                torch.testing.assert_close((full(p) - was).norm(), GAMMA * was.norm(), rtol=1e-4, atol=0)
-    assert all(torch.equal(full(p), was) for p, was in zip(model.parameters(), before, strict=True))
+    """And replicas of shards, each with a generator of its own, agree."""
+    for replicas in (1, 2):
+        model = sharded(replicas)
+        before = [full(p) for p in model.parameters()]
+        with fastadv.RWP(model, GAMMA, generator=torch.Generator().manual_seed(dist.get_rank())).perturb():
+            for p, was in zip(model.parameters(), before, strict=True):
+                moved = full(p)
+                if p.dim() > 1:
+                    torch.testing.assert_close((moved - was).norm(), GAMMA * was.norm(), rtol=1e-4, atol=0)
+                copies = [torch.empty_like(moved) for _ in range(RANKS)]
+                dist.all_gather(copies, moved)
+                assert torch.equal(*copies)
+        assert all(torch.equal(full(p), was) for p, was in zip(model.parameters(), before, strict=True))
 
 
 @check
