@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import attacks, ops, report, timing, training
+from . import attacks, ops, report, timing, training, weights
 
 
 def main() -> int:
@@ -25,7 +25,8 @@ def main() -> int:
     parser.add_argument("--clock", choices=timing.CLOCKS, default="wall", help="which one medians and ratios are of")
     arguments = parser.parse_args()
 
-    cases = ops.cases(arguments.quick, arguments.device) + attacks.cases(arguments.quick) + training.cases(arguments.quick)
+    quick, device = arguments.quick, arguments.device
+    cases = ops.cases(quick, device) + weights.cases(quick) + attacks.cases(quick) + training.cases(quick)
     if arguments.only:
         cases = [case for case in cases if any(part in case.name for part in arguments.only)]
     if arguments.list or not cases:

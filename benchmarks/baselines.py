@@ -1,6 +1,8 @@
-"""The competition from PyTorch itself: each op and PGD as one would write them by hand, plainly and as well as possible."""
+"""The competition from PyTorch itself: ops, AWP and PGD as one would write them by hand, plainly and as well as possible."""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +89,83 @@ def _pick(z: Tensor, y: Tensor) -> Tensor:
 
 def _without(z: Tensor, y: Tensor) -> Tensor:
     return z.scatter(1, y[:, None], -torch.inf)
+
+
+# ------------------------------------------- adversarial weight perturbation: move up the given gradients, do the rest, return
+
+
+class ProxyAWP:
+    """As the authors' code: a second model takes an SGD step, and what it moved by is the direction."""
+
+    def __init__(self, model: nn.Module, gamma: float) -> None:
+        self.model, self.proxy, self.gamma = model, copy.deepcopy(model), gamma
+        self.optimizer = torch.optim.SGD(self.proxy.parameters(), lr=0.01)
+
+    def perturb(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.proxy.load_state_dict(self.model.state_dict())
+        for name, p in self.proxy.named_parameters():
+            p.grad = grads.get(name)  # as after (-loss).backward(), up to the sign
+        self.optimizer.step()
+        difference = {}
+        for (name, old), new in zip(self.model.state_dict().items(), self.proxy.state_dict().values(), strict=True):
+            if old.dim() > 1 and "weight" in name:
+                d = new - old
+                difference[name] = old.norm() / (d.norm() + 1e-20) * d
+        self._add(difference, -self.gamma)
+        return difference
+
+    def restore(self, difference: dict[str, Tensor]) -> None:
+        self._add(difference, self.gamma)
+
+    @torch.no_grad()
+    def _add(self, difference: dict[str, Tensor], coefficient: float) -> None:
+        for name, p in self.model.named_parameters():
+            if name in difference:
+                p.add_(coefficient * difference[name])
+
+
+class LayerwiseAWP:
+    """Tensor by tensor on the model itself, with a copy of it to come back to."""
+
+    def __init__(self, model: nn.Module, gamma: float) -> None:
+        self.weights, self.gamma = dict(model.named_parameters()), gamma
+
+    @torch.no_grad()
+    def perturb(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        backup = {}
+        for name, g in grads.items():
+            w = self.weights[name]
+            backup[name] = w.clone()
+            w.add_(g * (self.gamma * w.norm() / (g.norm() + 1e-20)))
+        return backup
+
+    @torch.no_grad()
+    def restore(self, backup: dict[str, Tensor]) -> None:
+        for name, was in backup.items():
+            self.weights[name].copy_(was)
+
+
+class ForeachAWP:
+    """PyTorch's own multi-tensor ops, into a backup that is kept."""
+
+    def __init__(self, model: nn.Module, gamma: float) -> None:
+        self.named, self.gamma = dict(model.named_parameters()), gamma
+        self.backup: list[Tensor] = []
+
+    @torch.no_grad()
+    def perturb(self, grads: dict[str, Tensor]) -> list[Tensor]:
+        weights, directions = [self.named[name] for name in grads], list(grads.values())
+        self.backup = self.backup or [torch.empty_like(w) for w in weights]
+        torch._foreach_copy_(self.backup, weights)
+        lengths = torch._foreach_norm(weights)
+        torch._foreach_mul_(lengths, self.gamma)
+        torch._foreach_div_(lengths, torch._foreach_norm(directions))
+        torch._foreach_addcmul_(weights, directions, lengths)
+        return weights
+
+    @torch.no_grad()
+    def restore(self, weights: list[Tensor]) -> None:
+        torch._foreach_copy_(weights, self.backup)
 
 
 # ------------------------------------------------------------------------------- PGD, linf, with a random start in [0, 1]

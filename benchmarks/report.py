@@ -27,6 +27,7 @@ HEADERS = (
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """Where and with what: enough to tell whether two results may be compared."""
     cpu = f"{info.cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+    backed = (*fastadv.ops.STEPS, *fastadv.ops.WEIGHTS, *fastadv.ops.LOSSES)
     dirty = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -39,7 +40,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "triton": info.version("triton"),
         "fastadv": fastadv.__version__,
         "fastadv build": fastadv.native.BUILD_INFO or fastadv.native.LOAD_ERROR,
-        "fastadv backend": {op: fastadv.ops.choice(op, device.type)[0] for op in (*fastadv.ops.STEPS, *fastadv.ops.LOSSES)},
+        "fastadv backend": {op: fastadv.ops.choice(op, device.type)[0] for op in backed},
         "peers": peers.versions(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(dirty) if dirty is not None else None,

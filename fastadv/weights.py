@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import checks, ops
 
@@ -25,6 +27,10 @@ Select = Callable[[str, nn.Parameter], bool]
 
 SYNCS = ("auto", "global", "local")
 RESTORES = ("before_step", "after_step")
+LOST = (
+    "weights changed inside perturb(), and that change would be lost: with restore='before_step' call optimizer.step() after "
+    "the block, or use restore='after_step'"
+)
 
 
 def conv_and_linear_weights(name: str, parameter: nn.Parameter) -> bool:
@@ -60,11 +66,14 @@ class _WeightPerturbation:
             raise ValueError(f"select must be callable on (name, parameter); got {type(select).__name__}")
         self.model, self.gamma, self.alpha, self.steps, self.select = model, gamma, alpha, steps, select
         self.warmup, self.sync, self.restore, self.calls = warmup, sync, restore, 0
+        ddp = next((m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+        self._ddp, self._group = ddp, None if ddp is None else ddp.process_group
+        self._is_global = sync == "global" or (sync == "auto" and ddp is not None)
         self._buffers: dict[str, list[Tensor]] = {}  # kept between calls: fresh memory costs more than the kernels
         self._active = False
         if not self._selected():
             raise ValueError("no parameter to perturb: select(name, parameter) is false for all that require grad")
-        if restore == "after_step" and self._ranks() > 1 and not self._is_global() and not _is_sharded(self._selected()):
+        if restore == "after_step" and self._ranks() > 1 and not self._is_global and not _is_sharded(self._selected()):
             raise ValueError(
                 "restore='after_step' with sync='local' lets ranks drift apart (weight decay acts on each rank's own "
                 "perturbed weights); use sync='global' or restore='before_step'"
@@ -82,6 +91,7 @@ class _WeightPerturbation:
 
     def _selected(self) -> list[nn.Parameter]:
         """Each parameter once, however often it is tied, in the model's order; asked anew, since users freeze and replace."""
+        _reshard(self.model)
         return [p for name, p in self.model.named_parameters() if p.requires_grad and self.select(name, p)]
 
     @contextlib.contextmanager
@@ -89,10 +99,10 @@ class _WeightPerturbation:
         if self._active:
             raise RuntimeError("perturb() inside perturb(): the weights are already perturbed")
         self.calls += 1
-        if self.calls <= self.warmup or self.gamma == 0:
+        parameters = self._selected()
+        if self.calls <= self.warmup or self.gamma == 0 or not parameters:  # all may have been frozen since
             yield
             return
-        parameters = self._selected()
         weights = [_local(p) for p in parameters]
         origins = self._like("origins", weights)
         recorded, self._active = False, True
@@ -104,21 +114,19 @@ class _WeightPerturbation:
                 ops.perturb_(weights, grads, origins if step else weights, sums, self.gamma, self.alpha)
                 torch.clear_autocast_cache()  # of weights cast before they moved
             del grads
-            moved = self._like("moved", weights) if self.restore == "after_step" else None
-            if moved is not None:
+            if self.restore == "after_step":
+                moved = self._like("moved", weights)
                 ops.restore_(moved, weights)
-            versions = [w._version for w in weights]
-            yield
-            if moved is not None:  # as the papers: what the optimiser did at the perturbed weights, at the weights
-                with torch.no_grad():
+                yield
+                with torch.no_grad():  # as the papers: what the optimiser did at the perturbed weights, at the weights
                     torch._foreach_sub_(weights, moved)
                     torch._foreach_add_(weights, origins)
-            elif versions != [w._version for w in weights]:
-                raise RuntimeError(
-                    "weights changed inside perturb(), and that change is lost: with restore='before_step' call "
-                    "optimizer.step() after the block, or use restore='after_step'"
-                )
             else:
+                versions = [w._version for w in weights]
+                with self._steps_refused(parameters):
+                    yield
+                if versions != [w._version for w in weights]:
+                    raise RuntimeError(LOST)
                 ops.restore_(weights, origins)
         except BaseException:
             if recorded:
@@ -127,6 +135,7 @@ class _WeightPerturbation:
         finally:
             self._active = False
             torch.clear_autocast_cache()
+            _reshard(self.model)
 
     def _like(self, name: str, weights: list[Tensor]) -> list[Tensor]:
         """Buffers like the weights, the same ones in every call."""
@@ -134,27 +143,39 @@ class _WeightPerturbation:
         if [(b.shape, b.stride(), b.dtype, b.device) for b in kept] != [
             (w.shape, w.stride(), w.dtype, w.device) for w in weights
         ]:
-            kept = self._buffers[name] = [torch.empty_like(w, requires_grad=False) for w in weights]
+            with torch.inference_mode(False):  # usable outside of it later
+                kept = self._buffers[name] = [torch.empty_like(w, requires_grad=False) for w in weights]
         return kept
+
+    @contextlib.contextmanager
+    def _steps_refused(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Before they are done; and fused ones, as ``SGD(fused=True)``, do not count versions."""
+        ours = {id(p) for p in parameters}
+
+        def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if self._active and any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+                raise RuntimeError(LOST)
+
+        hook = register_optimizer_step_pre_hook(refuse)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     # --------------------------------------------------------------------------------------------------------- the ranks
 
     def _ranks(self) -> int:
         ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return torch.distributed.get_world_size() if ready else 1
-
-    def _is_global(self) -> bool:
-        return self.sync == "global" or (self.sync == "auto" and isinstance(self.model, nn.parallel.DistributedDataParallel))
+        return torch.distributed.get_world_size(self._group) if ready else 1
 
     def _agreed(self, parameters: list[nn.Parameter], grads: list[Tensor]) -> list[Tensor]:
         """The gradients' mean over ranks where the perturbation is global: one flat all-reduce for each dtype."""
-        if not self._is_global() or self._ranks() == 1 or _is_sharded(parameters):
+        if not self._is_global or self._ranks() == 1 or _is_sharded(parameters):
             return grads
         for dtype in {g.dtype: None for g in grads}:  # in one order on all ranks
             same = [g for g in grads if g.dtype == dtype]
-            flat = torch.cat([g.reshape(-1) for g in same])
-            torch.distributed.all_reduce(flat)
-            flat /= self._ranks()
+            flat = torch.cat([g.reshape(-1) for g in same]).div_(self._ranks())  # first: their sum may overflow
+            torch.distributed.all_reduce(flat, group=self._group)
             parts = torch.split(flat, [g.numel() for g in same])
             torch._foreach_copy_(same, [part.view_as(g) for part, g in zip(parts, same, strict=True)])
         return grads
@@ -185,8 +206,9 @@ class AWP(_WeightPerturbation):
             their name. Frozen parameters never move; tied ones move once.
         warmup: calls of :meth:`perturb` that perturb nothing yet (the paper's TRADES-AWP: 10 epochs, times the batches).
         sync: what ranks of torch.distributed agree on. "global": all perturb by the gradient of the global batch (one
-            all-reduce). "local": each by its own. "auto": global under DistributedDataParallel, else local. The shards
-            of FSDP2 always belong to one global perturbation.
+            all-reduce, in the process group of DistributedDataParallel). "local": each by its own. "auto": global where
+            ``model`` is or holds DistributedDataParallel, else local. The shards of FSDP2 always belong to one global
+            perturbation.
         restore: "before_step": the weights are restored, bit for bit, when the block ends; call ``optimizer.step()`` after
             it. "after_step": call it inside; the block's end takes v off again, so weight decay has acted on w + v, as in
             the papers' code. Costs a third copy of the weights.
@@ -194,7 +216,7 @@ class AWP(_WeightPerturbation):
     The ascent leaves ``.grad``, buffers (batch statistics) and DistributedDataParallel's reducer alone.
 
     Raises:
-        ValueError: an argument is not as described, or nothing is selected.
+        ValueError: an argument is not as described, nothing is selected, or DistributedDataParallel has a static graph.
     """
 
     def __init__(
@@ -209,6 +231,8 @@ class AWP(_WeightPerturbation):
         restore: str = "before_step",
     ) -> None:
         super().__init__(model, gamma, alpha, steps, select, warmup, sync, restore)
+        if self._ddp is not None and self._ddp.static_graph:
+            raise ValueError("DistributedDataParallel(static_graph=True) takes the ascent for training; wrap without it")
 
     def perturb(self, loss: Loss) -> contextlib.AbstractContextManager[None]:
         """Moves the weights up ``loss`` for the length of a ``with`` block, which may span several micro-batches.
@@ -223,7 +247,7 @@ class AWP(_WeightPerturbation):
 
         Raises:
             ValueError: ``loss()`` is not a scalar that depends on the weights.
-            RuntimeError: perturb() is already active; or, at the end, the weights were changed inside "before_step".
+            RuntimeError: perturb() is already active; or the weights are changed inside "before_step", by an optimiser or else.
         """
         if not callable(loss):
             raise ValueError(
@@ -232,14 +256,23 @@ class AWP(_WeightPerturbation):
         return self._perturbed(lambda parameters: self._ascent(loss, parameters))
 
     def _ascent(self, loss: Loss, parameters: list[nn.Parameter]) -> list[Tensor]:
-        with torch.inference_mode(False), torch.enable_grad(), _buffers_restored(self.model):
+        sharded = _is_sharded(parameters)
+        aside = _grads_set_aside(list(self.model.parameters())) if sharded else contextlib.nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), _buffers_restored(self.model), aside:
             value = loss()
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 got = checks.describe(value) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"loss() must return a scalar tensor that depends on the model's weights; got {got}")
-            if _is_sharded(parameters):
-                return _gradients_by_backward(value, self.model, parameters)
-            return list(torch.autograd.grad(value.reshape(()), parameters, allow_unused=True, materialize_grads=True))
+            if not sharded:
+                return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
+            value.backward()  # type: ignore[no-untyped-call]  # which alone reaches the shards of FSDP2
+            _reshard(self.model)
+            if all(p.grad is None for p in parameters):
+                raise ValueError(
+                    "loss() gave no sharded weight a gradient; if FSDP2 was told not to reduce, call "
+                    "set_requires_gradient_sync(True) before perturb()"
+                )
+            return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
 
 
 class RWP(_WeightPerturbation):
@@ -262,9 +295,15 @@ class RWP(_WeightPerturbation):
 
     def perturb(self) -> contextlib.AbstractContextManager[None]:
         """Moves the weights for the length of a ``with`` block, as :meth:`AWP.perturb`."""
-        return self._perturbed(
-            lambda parameters: [torch.empty_like(_local(p)).normal_(generator=self.generator) for p in parameters]
-        )
+        return self._perturbed(self._noise)
+
+    def _noise(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        noise = [torch.empty_like(_local(p)).normal_(generator=self.generator) for p in parameters]
+        for p, n in zip(parameters, noise, strict=True) if _is_sharded(parameters) else ():
+            for group, placement in zip(p.device_mesh.get_all_groups(), p.placements, strict=True):  # type: ignore[attr-defined]
+                if placement.is_replicate():  # of shards, in HSDP: their sum has as good a direction as each
+                    torch.distributed.all_reduce(n, group=group)
+        return noise
 
 
 # ------------------------------------------------------------------------------------------------------------- the model
@@ -273,11 +312,14 @@ class RWP(_WeightPerturbation):
 @contextlib.contextmanager
 def _buffers_restored(model: nn.Module) -> Iterator[None]:
     """Gives all buffers their values back: running statistics, which torch changes without counting versions, and others."""
-    buffers = list(model.buffers())
+    places = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    buffers = [buffer for _, _, buffer in places]
     before = [buffer.detach().clone() for buffer in buffers]
     try:
         yield
     finally:
+        for home, name, buffer in places:  # where forward binds new ones
+            home[name] = buffer
         ops.restore_(buffers, before)
 
 
@@ -285,19 +327,28 @@ def _is_sharded(parameters: list[nn.Parameter]) -> bool:
     return hasattr(parameters[0], "to_local")  # a DTensor, whose class costs a second to import
 
 
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 keeps weights gathered after a forward without a backward, as attacks end in: stale once their shards move."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if not imported, which takes a second, then not used
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def _local(t: Any) -> Tensor:
     """The memory of a parameter on this rank: of an FSDP2 parameter its shard."""
     return (t.to_local() if hasattr(t, "to_local") else t).detach()  # type: ignore[no-any-return]
 
 
-def _gradients_by_backward(loss: Tensor, model: nn.Module, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """For FSDP2, whose sharded parameters only ``backward`` reaches; every ``.grad`` is as it was afterwards."""
-    kept = [(p, p.grad) for p in model.parameters()]
+@contextlib.contextmanager
+def _grads_set_aside(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """No parameter has a ``.grad`` inside, and each the one that it had afterwards."""
+    before = [p.grad for p in parameters]
     try:
-        for p, _ in kept:
+        for p in parameters:
             p.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
-        return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
+        yield
     finally:
-        for p, grad in kept:
+        for p, grad in zip(parameters, before, strict=True):
             p.grad = grad
