@@ -181,7 +181,7 @@ def train_robust(
     """
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * math.ceil(len(digits.y_train) / BATCH)
-    optimizer, schedule = one_cycle_sgd(model, steps)
+    optimizer, schedule = one_cycle_sgd(model, steps, method.lr)
     objective = method.objective(partial(PGD, model, 0.0, steps=TRAIN_STEPS, generator=generator))
     awp = AWP(model, gamma) if gamma else None
     hidden = torch.arange(len(digits.y_train)) >= method.labelled * len(digits.y_train)
@@ -240,10 +240,10 @@ def train_step(
     return loss
 
 
-def one_cycle_sgd(model: nn.Module, steps: int) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR]:
-    """Nesterov SGD whose learning rate rises to 0.1 over a fifth of the steps and falls to nothing over the rest."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2, cycle_momentum=False)
+def one_cycle_sgd(model: nn.Module, steps: int, lr: float = 0.1) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR]:
+    """Nesterov SGD whose learning rate rises to ``lr`` over a fifth of the steps and falls to nothing over the rest."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.2, cycle_momentum=False)
     return optimizer, schedule
 
 

@@ -22,6 +22,7 @@ class Method:
     Attributes:
         objective: from ``attack(**settings)``, which makes a PGD of 10 steps on the network, to the objective.
         alpha: step size relative to eps; None: that of PGD.
+        lr: highest learning rate.
         head: the network's last layer, from 100 features to 10 logits, where the method has its own.
         views: augmentations of each image in a batch.
         labelled: the fraction of training labels it is given; the others are -1.
@@ -29,6 +30,7 @@ class Method:
 
     objective: Callable[[Attack], o.Objective | o.FreeAT]
     alpha: float | None = None
+    lr: float = 0.1
     head: Callable[[], nn.Module] | None = None
     views: int = 1
     labelled: float = 1.0
@@ -40,8 +42,10 @@ METHODS = {
     "pgd-at": Method(lambda attack: o.PGDAT(attack())),
     "half-half": Method(lambda attack: o.HalfHalf(attack())),
     "fgsm-rs": Method(lambda attack: o.FGSMRS(attack(steps=1)), alpha=1.25),
-    "n-fgsm": Method(lambda attack: o.NFGSM(eps=0.0, bn="eval", generator=attack().generator)),
-    "free": Method(lambda attack: o.FreeAT(eps=0.0, replays=4), alpha=1.0),
+    "n-fgsm": Method(
+        lambda attack: o.NFGSM(eps=0.0, noise=1.0, bn="eval", generator=attack().generator)
+    ),  # 2 is too much at 0.3
+    "free": Method(lambda attack: o.FreeAT(eps=0.0, replays=4), alpha=1.0, lr=0.02),  # four steps on each batch
     "alp": Method(lambda attack: o.ALP(attack())),
     "trades": Method(lambda attack: o.TRADES(attack(**KL), beta=1.0)),  # the paper's beta for digits
     "dm": Method(lambda attack: o.DM(attack(loss="kl", bn="batch"))),
