@@ -29,6 +29,7 @@ def weighted_mse(logits: Tensor, logits_adv: Tensor, pi: Tensor) -> Tensor:
     With d = z - z', S_i = sum_j pi_ij and m_i = sum_j pi_ij d_ij: 1/2 sum_i (S_i sum_j pi_ij d_ij^2 - m_i^2) / sum_i S_i^2.
     """
     d = arithmetic(logits) - arithmetic(logits_adv)
+    pi = pi.to(d)
     mass, mean = pi.sum(1), (pi * d).sum(1)
     return (mass * (pi * d * d).sum(1) - mean * mean).sum() / (2 * mass.square().sum())
 

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reference.loss import one_hot
+from ..reference.step import arithmetic
 from .labels import cross_entropy
 
 
 def hypersphere_loss(logits: Tensor, y: Tensor, scale: float, margin: float) -> Tensor:
     """``CE(z - scale margin 1_y, y)``: scalar. ``logits`` [N, C] are ``scale cos``, as of :class:`HypersphereHead`."""
-    return cross_entropy(logits - scale * margin * one_hot(y.long(), logits), y)
+    z = arithmetic(logits)
+    return cross_entropy(z - scale * margin * one_hot(y.long(), z), y)
 
 
 class HypersphereMargin:
