@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from ..reference.loss import one_hot
 from ..reference.step import arithmetic
-from .labels import cross_entropy
+from .labels import cross_entropy, hard
 
 
 def hypersphere_loss(logits: Tensor, y: Tensor, scale: float, margin: float) -> Tensor:
     """``CE(z - scale margin 1_y, y)``: scalar. ``logits`` [N, C] are ``scale cos``, as of :class:`HypersphereHead`."""
     z = arithmetic(logits)
-    return cross_entropy(z - scale * margin * one_hot(y.long(), z), y)
+    return cross_entropy(z - scale * margin * one_hot(hard(y), z), y)
 
 
 class HypersphereMargin:

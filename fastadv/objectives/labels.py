@@ -51,6 +51,13 @@ class LabelSmoothing:
         return f"LabelSmoothing({self.amount}, over={self.over!r})"
 
 
+def hard(y: Tensor) -> Tensor:
+    """Class indices [N], for a formula that has no form in soft labels."""
+    if y.is_floating_point():
+        raise ValueError(f"y must be integer labels [N]; got soft labels {list(y.shape)}")
+    return y.long()
+
+
 def weight(name: str, value: float) -> float:
     """A term's factor in a loss: finite and not negative."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
