@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from models import batch, cnn, count_calls, one_thread, seeded, state, surroundings  # noqa: F401
 from test_functional import consistency, mart, pairwise, score, smoothed_over_others, transport
@@ -199,74 +202,78 @@ def consistent(model, x, y):
     return adv, F.cross_entropy(z, y) + consistency(z[:3], z[3:])
 
 
-def attack(method, **changes):
-    return lambda model: method.paper_attack(model, **changes)
+class Step(NamedTuple):
+    """A method, ``objective(model)``, and its ``plain(model, x, y) -> (x_adv, loss)``."""
+
+    objective: Callable[[nn.Module], fastadv.Objective]
+    plain: Callable[..., tuple]
+    head: tuple = ()
+    prepare: Callable[..., tuple] = lambda x, y: (x, y)
 
 
-# name: the objective on a model, the plain step, the model's head, what else is done to a batch
 STEPS = {
-    "Standard": (lambda m: fastadv.Standard(), standard),
-    "PGDAT": (lambda m: fastadv.PGDAT(), pgd_at),
-    "PGDAT eval": (lambda m: fastadv.PGDAT(fastadv.PGDAT.paper_attack(m, bn="eval")), lambda *a: pgd_at(*a, bn="eval")),
-    "PGDAT batch": (lambda m: fastadv.PGDAT(fastadv.PGDAT.paper_attack(m, bn="batch")), lambda *a: pgd_at(*a, bn="batch")),
-    "HalfHalf": (lambda m: fastadv.HalfHalf(), half_half),
-    "HalfHalf apart": (lambda m: fastadv.HalfHalf(together=False), lambda *a: half_half(*a, together=False)),
-    "FGSMRS": (lambda m: fastadv.FGSMRS(), lambda *a: pgd_at(*a, steps=1, alpha=10 / 255)),
-    "NFGSM": (lambda m: fastadv.NFGSM(), n_fgsm),
-    "NFGSM eval": (lambda m: fastadv.NFGSM(noise=0.5, bn="eval"), lambda *a: n_fgsm(*a, noise=0.5, bn="eval")),
-    "ALP": (lambda m: fastadv.ALP(), alp),
-    "TRADES": (lambda m: fastadv.TRADES(), trades),
-    "TRADES uniform": (
+    "Standard": Step(lambda m: fastadv.Standard(), standard),
+    "PGDAT": Step(lambda m: fastadv.PGDAT(), pgd_at),
+    "PGDAT eval": Step(lambda m: fastadv.PGDAT(fastadv.PGDAT.paper_attack(m, bn="eval")), lambda *a: pgd_at(*a, bn="eval")),
+    "PGDAT batch": Step(lambda m: fastadv.PGDAT(fastadv.PGDAT.paper_attack(m, bn="batch")), lambda *a: pgd_at(*a, bn="batch")),
+    "HalfHalf": Step(lambda m: fastadv.HalfHalf(), half_half),
+    "HalfHalf apart": Step(lambda m: fastadv.HalfHalf(together=False), lambda *a: half_half(*a, together=False)),
+    "FGSMRS": Step(lambda m: fastadv.FGSMRS(), lambda *a: pgd_at(*a, steps=1, alpha=10 / 255)),
+    "NFGSM": Step(lambda m: fastadv.NFGSM(), n_fgsm),
+    "NFGSM eval": Step(lambda m: fastadv.NFGSM(noise=0.5, bn="eval"), lambda *a: n_fgsm(*a, noise=0.5, bn="eval")),
+    "ALP": Step(lambda m: fastadv.ALP(), alp),
+    "TRADES": Step(lambda m: fastadv.TRADES(), trades),
+    "TRADES uniform": Step(
         lambda m: fastadv.TRADES(fastadv.TRADES.paper_attack(m, init="uniform", eps=EPS), beta=1.0),
         lambda *a: trades(*a, beta=1.0, start=uniform, eps=EPS),
     ),
-    "TRADES parity": (lambda m: fastadv.TRADES(bn_parity=True), lambda *a: trades(*a, parity=True)),
-    "TRADES batch": (
+    "TRADES parity": Step(lambda m: fastadv.TRADES(bn_parity=True), lambda *a: trades(*a, parity=True)),
+    "TRADES batch": Step(
         lambda m: fastadv.TRADES(fastadv.TRADES.paper_attack(m, bn="batch")),
         lambda *a: trades(*a, bn="batch"),
     ),
-    "TRADES batch parity": (
+    "TRADES batch parity": Step(
         lambda m: fastadv.TRADES(fastadv.TRADES.paper_attack(m, bn="batch"), bn_parity=True),
         lambda *a: trades(*a, bn="batch", parity=True),
     ),
-    "DM": (lambda m: fastadv.DM(), dm),
-    "MART": (lambda m: fastadv.MART(), mart_step),
-    "SCORE": (lambda m: fastadv.SCORE(), score_step),
-    "SCORE clip": (
+    "DM": Step(lambda m: fastadv.DM(), dm),
+    "MART": Step(lambda m: fastadv.MART(), mart_step),
+    "SCORE": Step(lambda m: fastadv.SCORE(), score_step),
+    "SCORE clip": Step(
         lambda m: fastadv.SCORE(beta=3.0, clip=1e-4, label_smoothing=0.1),
         lambda *a: score_step(*a, 3.0, 1e-4, False, 0.1),
     ),
-    "SCORE clip_clean": (
+    "SCORE clip_clean": Step(
         lambda m: fastadv.SCORE(beta=6.0, clip=0.9, clip_clean=True),
         lambda *a: score_step(*a, 6.0, 0.9, True),
     ),
-    "SCOREPGDAT": (lambda m: fastadv.SCOREPGDAT(), score_pgd_at),
-    "PGD-HE": (
+    "SCOREPGDAT": Step(lambda m: fastadv.SCOREPGDAT(), score_pgd_at),
+    "PGD-HE": Step(
         lambda m: fastadv.PGDAT(fastadv.MART.paper_attack(m), fastadv.HypersphereMargin(10.0, 0.2)),
         pgd_he,
         (fastadv.HypersphereHead, 72, CLASSES, 10.0),
     ),
-    "TRADES-HE": (
+    "TRADES-HE": Step(
         lambda m: fastadv.TRADES(label_loss=fastadv.HypersphereMargin(15.0, 0.2)),
         trades_he,
         (fastadv.HypersphereHead, 72, CLASSES),
     ),
-    "ALP-HE": (
+    "ALP-HE": Step(
         lambda m: fastadv.ALP(fastadv.MART.paper_attack(m), 0.5 / 20**2, fastadv.HypersphereMargin(20.0, 0.3), together=False),
         alp_he,
         (fastadv.HypersphereHead, 72, CLASSES, 20.0),
     ),
-    "FeatureScatter": (lambda m: fastadv.FeatureScatter(), feature_scatter),
-    "RST": (lambda m: fastadv.RST(), rst, (), partly_labelled),
-    "RST entropy": (
+    "FeatureScatter": Step(lambda m: fastadv.FeatureScatter(), feature_scatter),
+    "RST": Step(lambda m: fastadv.RST(), rst, (), partly_labelled),
+    "RST entropy": Step(
         lambda m: fastadv.RST(beta=3.0, entropy_weight=0.7),
         lambda *a: rst(*a, beta=3.0, entropy_weight=0.7),
         (),
         partly_labelled,
     ),
-    "RSTStability": (lambda m: fastadv.RSTStability(), rst_stability, (), partly_labelled),
-    "MMC": (lambda m: fastadv.MMC(CLASSES), mmc, (fastadv.MMCHead, 72, CLASSES, 16)),
-    "Consistency": (lambda m: fastadv.Consistency(fastadv.PGDAT()), consistent, (), two_views),
+    "RSTStability": Step(lambda m: fastadv.RSTStability(), rst_stability, (), partly_labelled),
+    "MMC": Step(lambda m: fastadv.MMC(CLASSES), mmc, (fastadv.MMCHead, 72, CLASSES, 16)),
+    "Consistency": Step(lambda m: fastadv.Consistency(fastadv.PGDAT()), consistent, (), two_views),
 }  # fmt: skip
 
 
@@ -299,9 +306,8 @@ def assert_same(seen, expected):
 
 @pytest.mark.parametrize("case", STEPS)
 def test_training_steps_are_the_methods(case):
-    objective_on, plain, *rest = STEPS[case]
-    head, change = (*rest, *((), lambda x, y: (x, y))[len(rest) :])
-    data = [change(x, y) for x, y in batches()]
+    objective_on, plain, head, prepare = STEPS[case]
+    data = [prepare(x, y) for x, y in batches()]
     model = net(*head)
     objective = objective_on(model)
 
@@ -374,6 +380,8 @@ def test_free_training_moves_images_by_the_weights_own_backward():
         for out in free(model, x, y):
             optimizer.zero_grad()
             out.loss.backward()
+            assert not out.x_adv.requires_grad
+            assert out.metrics.keys() == {"robust_accuracy"}
             seen.append((out.x_adv, out.loss.detach(), [p.grad.clone() for p in model.parameters()]))
             optimizer.step()
     assert len(seen) == 32
@@ -410,12 +418,11 @@ NO_CLEAN_IMAGES = ("PGDAT", "FGSMRS", "NFGSM", "SCOREPGDAT", "PGD-HE", "FeatureS
 
 def prepared(case, dtype=torch.float64):
     """Model, objective and batch of a row of STEPS."""
-    objective_on, _, *rest = STEPS[case]
-    head, change = (*rest, *((), lambda x, y: (x, y))[len(rest) :])
+    objective, _, head, prepare = STEPS[case]
     model = net(*head).to(dtype)
-    x, y = change(*batches()[0])
+    x, y = prepare(*batches()[0])
     torch.manual_seed(0)
-    return model, objective_on(model), x.to(dtype), y
+    return model, objective(model), x.to(dtype), y
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -608,6 +615,26 @@ def test_soft_labels(case):
         mixed = 0.6 * F.cross_entropy(out.logits_adv, labels) + 0.4 * F.cross_entropy(out.logits_adv, labels.flip(0))
         torch.testing.assert_close(losses[2], mixed, **EXACT)
         assert float(out.metrics["robust_accuracy"]) == float((out.logits_adv.argmax(1) == labels).double().mean())
+
+
+@pytest.mark.parametrize("case", ["PGDAT", "TRADES", "DM", "ALP", "FeatureScatter", "RST"])
+def test_only_training_forwards_go_through_a_ddp_wrapper(case):
+    """Its forward prepares a gradient reduction, and in a second process waits for the others."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        losses = []
+        for wrap in (False, True):
+            model, objective, x, y = prepared(case)
+            wrapped = nn.parallel.DistributedDataParallel(model) if wrap else model
+            calls = count_calls(wrapped)
+            out = objective(wrapped, x, y)
+            trained_on = len(calls)
+            out.loss.backward()
+            losses.append((out.loss.detach(), out.x_adv, *(p.grad for p in model.parameters())))
+        assert trained_on == 1 + (case in ("TRADES", "DM", "RST"))
+        torch.testing.assert_close(*losses, **EXACT)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
