@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from models import batch, cnn, count_calls, one_thread, seeded, state, surroundings  # noqa: F401
 from test_functional import consistency, mart, pairwise, score, smoothed_over_others, transport
@@ -129,12 +128,12 @@ def score_step(model, x, y, *options):
     return adv, score(z, z_adv, y, *options)
 
 
-def score_pgd_at(model, x, y):
+def score_pgd_at(model, x, y, clip=0.4**2 + 0.4**2 / 9):
     def error(adv):
         return ((model(adv).softmax(1) - F.one_hot(y, CLASSES)) ** 2).sum(1)
 
     adv = climb(model, x, uniform(x), lambda adv: error(adv).sum(), bn="train")
-    return adv, F.relu(error(adv) - (0.4**2 + 0.4**2 / 9)).mean()
+    return adv, F.relu(error(adv) - clip).mean()
 
 
 def margin_loss(scale, margin):
@@ -240,14 +239,15 @@ STEPS = {
     "MART": Step(lambda m: fastadv.MART(), mart_step),
     "SCORE": Step(lambda m: fastadv.SCORE(), score_step),
     "SCORE clip": Step(
-        lambda m: fastadv.SCORE(beta=3.0, clip=1e-4, label_smoothing=0.1),
-        lambda *a: score_step(*a, 3.0, 1e-4, False, 0.1),
+        lambda m: fastadv.SCORE(beta=3.0, clip=0.01, label_smoothing=0.1),
+        lambda *a: score_step(*a, 3.0, 0.01, False, 0.1),
     ),
     "SCORE clip_clean": Step(
-        lambda m: fastadv.SCORE(beta=6.0, clip=0.9, clip_clean=True),
-        lambda *a: score_step(*a, 6.0, 0.9, True),
+        lambda m: fastadv.SCORE(beta=6.0, clip=0.95, clip_clean=True),
+        lambda *a: score_step(*a, 6.0, 0.95, True),
     ),
     "SCOREPGDAT": Step(lambda m: fastadv.SCOREPGDAT(), score_pgd_at),
+    "SCOREPGDAT clip": Step(lambda m: fastadv.SCOREPGDAT(clip=1.0), lambda *a: score_pgd_at(*a, clip=1.0)),
     "PGD-HE": Step(
         lambda m: fastadv.PGDAT(fastadv.MART.paper_attack(m), fastadv.HypersphereMargin(10.0, 0.2)),
         pgd_he,
@@ -618,23 +618,19 @@ def test_soft_labels(case):
 
 
 @pytest.mark.parametrize("case", ["PGDAT", "TRADES", "DM", "ALP", "FeatureScatter", "RST"])
-def test_only_training_forwards_go_through_a_ddp_wrapper(case):
+def test_only_training_forwards_go_through_a_ddp_wrapper(process_group, case):
     """Its forward prepares a gradient reduction, and in a second process waits for the others."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        losses = []
-        for wrap in (False, True):
-            model, objective, x, y = prepared(case)
-            wrapped = nn.parallel.DistributedDataParallel(model) if wrap else model
-            calls = count_calls(wrapped)
-            out = objective(wrapped, x, y)
-            trained_on = len(calls)
-            out.loss.backward()
-            losses.append((out.loss.detach(), out.x_adv, *(p.grad for p in model.parameters())))
-        assert trained_on == 1 + (case in ("TRADES", "DM", "RST"))
-        torch.testing.assert_close(*losses, **EXACT)
-    finally:
-        torch.distributed.destroy_process_group()
+    losses = []
+    for wrap in (False, True):
+        model, objective, x, y = prepared(case)
+        wrapped = nn.parallel.DistributedDataParallel(model) if wrap else model
+        calls = count_calls(wrapped)
+        out = objective(wrapped, x, y)
+        trained_on = len(calls)
+        out.loss.backward()
+        losses.append((out.loss.detach(), out.x_adv, *(p.grad for p in model.parameters())))
+    assert trained_on == 1 + (case in ("TRADES", "DM", "RST"))
+    torch.testing.assert_close(*losses, **EXACT)
 
 
 @pytest.mark.parametrize("case", EVERYWHERE)
