@@ -20,11 +20,11 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 ROWS = 7
 
 
-def logits_and_labels(classes: int, scale: float = 3.0, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:
+def logits_and_labels(classes: int, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
     """z, z' in float64 and y. At scale 20 most probabilities are below 1e-12, and MART's constants are seen."""
     g = torch.Generator().manual_seed(classes)
-    z, z_adv = scale * torch.randn(2, rows, classes, generator=g, dtype=torch.float64)
-    return z, z_adv, torch.randint(classes, (rows,), generator=g)
+    z, z_adv = scale * torch.randn(2, ROWS, classes, generator=g, dtype=torch.float64)
+    return z, z_adv, torch.randint(classes, (ROWS,), generator=g)
 
 
 def soft_labels(classes: int) -> Tensor:
@@ -150,11 +150,8 @@ class Case(NamedTuple):
     given: Callable[[int], tuple] = lambda classes: (logits_and_labels(classes)[2],)
     logits: int = 2
 
-    def arguments(self, classes: int, scale: float = 3.0, rows: int = ROWS) -> tuple[list[Tensor], tuple]:
-        z = [t.clone().requires_grad_() for t in logits_and_labels(classes, scale)[: self.logits]]
-        given = self.given(classes)
-        cut = tuple(g[:rows] if isinstance(g, Tensor) and len(g) == ROWS else g for g in given)
-        return [t.detach()[:rows].clone().requires_grad_() for t in z], cut
+    def arguments(self, classes: int, scale: float = 3.0) -> tuple[list[Tensor], tuple]:
+        return [z.requires_grad_() for z in logits_and_labels(classes, scale)[: self.logits]], self.given(classes)
 
 
 def soft(classes):
@@ -296,12 +293,10 @@ def test_gradients_in_closed_form(case, gradients, classes):
         torch.testing.assert_close(grad, want, **EXACT)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("gkl")])
 def test_gradients_by_finite_differences(case):
-    """Of GKL's clean side only without S, which holds it fixed."""
-    logits, given = CASES[case].arguments(3, rows=3)
-    if case.startswith("gkl"):
-        given = (*given, *(None, 0.0)[len(given) - 1 :]) if len(given) < 3 else (*given[:2], 0.0, *given[3:])
+    """But for GKL's, whose S holds its clean side fixed; its M is weighted_mse."""
+    logits, given = CASES[case].arguments(3)
     assert torch.autograd.gradcheck(lambda *z: CASES[case].ours(*z, *given), logits, atol=1e-7)
 
 
