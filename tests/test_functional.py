@@ -377,6 +377,7 @@ def test_mmc_head_answers_minus_squared_distances():
     head, features = MMCHead(5, 3, dimensions=4, norm=7.0).double(), torch.randn(6, 5, dtype=torch.float64)
     torch.testing.assert_close(head.centres, functional.mmc_centres(3, 4, 7.0), rtol=1e-6, atol=1e-6)
     assert "centres" in head.state_dict()
+    torch.testing.assert_close(MMCHead(5, 3).centres, functional.mmc_centres(3, 256, 10.0).float())
     phi, logits, y = head.embed(features), head(features), torch.tensor([0, 1, 2, 0, 1, 2])
     for i in range(6):
         for k in range(3):

@@ -499,6 +499,9 @@ def test_mmcs_targets_are_all_the_other_classes():
     fastadv.MMC(3, attack).adversarial(model, x, y)
     assert torch.bincount(3 * y + attacked[0], minlength=9).tolist()[::4] == [0, 0, 0]
     assert (torch.bincount(3 * y + attacked[0], minlength=9) > 30).sum() == 6
+    attack.targeted = False
+    fastadv.MMC(3, attack).adversarial(model, x, y)
+    assert torch.equal(attacked[1], y), "an attack without a target leaves the label's own centre"
 
 
 # ----------------------------------------------------------------------------------------------- where the attack comes from
@@ -741,13 +744,24 @@ def test_catastrophic_overfitting_rings_on_a_fall_and_not_before():
 
 def test_catastrophic_overfitting_looks_in_the_attacks_mode():
     """On the images attacked, and as the attack ran the model."""
-    model, (x, y) = net(), batches()[0]
-    attack = fastadv.PGD(model, 0.3, steps=5, init="zero", bn="batch")
-    alarm = fastadv.CatastrophicOverfitting(attack)
+    model, (x, _) = net(), batch(40, CLASSES, torch.float64)
+    model.eval()
+    y = model(x).argmax(1)
+    model.train()
+    attack = fastadv.PGD(model, 0.02, steps=5, init="zero", bn="eval")
     before = state(model)
+    alarm = fastadv.CatastrophicOverfitting(attack)
     alarm(x, y)
     assert state(model) == before
-    assert alarm.accuracies == [float((model(attack(x, y)).argmax(1) == y).float().mean())]
+    x_adv = attack(x, y)
+    model.eval()
+    accuracies = [float((model(images).argmax(1) == y).float().mean()) for images in (x_adv, x)]
+    attack.bn = "batch"
+    alarm(x, y)
+    x_adv = attack(x, y)
+    accuracies += [float((model.train(mode)(x_adv).argmax(1) == y).float().mean()) for mode in (True, False)]
+    assert alarm.accuracies == [accuracies[0], accuracies[2]]
+    assert len(set(accuracies)) == 4, "attacked and clean images, batch statistics and running ones, all tell apart"
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input
@@ -831,10 +845,21 @@ def test_bad_batches_are_refused(case):
 
 
 def test_free_training_checks_its_batch():
+    model = net()
+    calls = count_calls(model)
     with pytest.raises(ValueError, match=r"x must lie in bounds"):
-        next(fastadv.FreeAT()(net(), X + 1, Y))
+        next(fastadv.FreeAT()(model, X + 1, Y))
     with pytest.raises(ValueError, match=r"y must be integer labels \[6\]"):
-        next(fastadv.FreeAT()(net(), X, Y[:3]))
+        next(fastadv.FreeAT()(model, X, Y[:3]))
+    assert not calls
+
+
+@pytest.mark.parametrize("method", [fastadv.NFGSM, fastadv.RSTStability, fastadv.TRADES])
+def test_a_refused_batch_draws_no_random_numbers(method):
+    around = surroundings()
+    with pytest.raises(ValueError, match="bounds"):
+        method()(MODEL, X + 1, Y)
+    assert surroundings() == around
 
 
 @pytest.mark.parametrize(
