@@ -1,15 +1,26 @@
 """Triton kernels run in every test session: on a GPU where there is one, else under Triton's interpreter."""
 
+import gc
 import os
 
 import pytest
 import torch
+import torch.distributed
 
 # Triton reads this when a kernel is declared, so it is set before anything imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture
+def process_group():
+    """Of one rank. A DDP wrapper that outlived it would join gloo's threads, which may wait for the GIL that it holds."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

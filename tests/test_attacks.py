@@ -268,6 +268,16 @@ def test_one_hot_soft_labels_saturate_no_more_than_integers():
     assert not soft.info.zero_grad.any()
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "one-hot"])
+@pytest.mark.parametrize("bn", ["batch", "train"])
+def test_cross_entropy_keeps_its_size_where_batch_statistics_couple_the_samples(bn, soft):
+    """An image also moves for the others' losses, so no factor may be dropped sample by sample."""
+    x, y = batch(dtype=torch.float64)
+    net = cnn(dropout=0.0).double().train()
+    adv = fastadv.pgd(net, x, F.one_hot(y, 10).double() if soft else y, 0.1, 0.02, 5, init="zero", bn=bn)
+    torch.testing.assert_close(adv, handwritten_pgd(net, x, y, 0.1, 0.02, 5, cross_entropy))
+
+
 @pytest.mark.parametrize("loss", ["kl", "se", lambda z, y: -z.amax(1)], ids=["kl", "se", "callable"])
 def test_without_labels_success_is_a_change_of_prediction(loss):
     x, _ = batch()

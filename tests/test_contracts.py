@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from models import (
     FailsAt,
@@ -310,29 +309,25 @@ def test_in_a_forked_worker():
     assert worker.tolist() == [0] * 6
 
 
-def test_ddp_wrapper_is_left_out_of_the_attack():
+def test_ddp_wrapper_is_left_out_of_the_attack(process_group):
     """Its forward prepares a gradient reduction that an attack never finishes."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        x, y = batch()
-        plain = cnn(dropout=0.0)
-        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
-        before = state(wrapped.module)
-        wrapper_calls, module_calls = count_calls(wrapped), []
-        handle = wrapped.module.register_forward_hook(lambda *_: module_calls.append(1))
-        loss = F.cross_entropy(wrapped(x), y)  # an attack between a forward and its backward
-        adv = fastadv.pgd(wrapped, x, y, 0.03, steps=3, bn="batch", init="zero")
-        loss.backward()
-        assert (len(wrapper_calls), len(module_calls)) == (1, 4)
-        handle.remove()
-        F.cross_entropy(plain(x), y).backward()
-        for ours, theirs in zip(wrapped.module.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad)
-        assert torch.equal(adv, fastadv.pgd(plain, x, y, 0.03, steps=3, bn="batch", init="zero"))
-        assert [m[1] for m in state(wrapped.module)[0]] == [m[1] for m in before[0]]
-        assert all(p.requires_grad for p in wrapped.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
+    x, y = batch()
+    plain = cnn(dropout=0.0)
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    before = state(wrapped.module)
+    wrapper_calls, module_calls = count_calls(wrapped), []
+    handle = wrapped.module.register_forward_hook(lambda *_: module_calls.append(1))
+    loss = F.cross_entropy(wrapped(x), y)  # an attack between a forward and its backward
+    adv = fastadv.pgd(wrapped, x, y, 0.03, steps=3, bn="batch", init="zero")
+    loss.backward()
+    assert (len(wrapper_calls), len(module_calls)) == (1, 4)
+    handle.remove()
+    F.cross_entropy(plain(x), y).backward()
+    for ours, theirs in zip(wrapped.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert torch.equal(adv, fastadv.pgd(plain, x, y, 0.03, steps=3, bn="batch", init="zero"))
+    assert [m[1] for m in state(wrapped.module)[0]] == [m[1] for m in before[0]]
+    assert all(p.requires_grad for p in wrapped.parameters())
 
 
 # ---------------------------------------------------------------------- what goes wrong in peers and is not said above

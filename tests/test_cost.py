@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from models import one_thread  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,6 +56,68 @@ def test_an_attack_is_its_model_passes(options, passes, training):
     assert flops(lambda: attack(X, Y)) == passes * forward
 
 
+STEPS = {  # forwards' worth of a training step: 2 an attack step, 1 a forward, 3 with its backward
+    "Standard": (lambda m: fastadv.Standard(), 0, 1),
+    "PGDAT": (lambda m: fastadv.PGDAT(), 20, 1),
+    "TRADES": (lambda m: fastadv.TRADES(), 20 + 1, 2),
+    "TRADES bn=batch": (lambda m: fastadv.TRADES(fastadv.TRADES.paper_attack(m, bn="batch")), 20, 2),
+    "TRADES bn_parity": (lambda m: fastadv.TRADES(bn_parity=True), 20 + 2, 2),
+    "DM": (lambda m: fastadv.DM(), 20, 2),
+    "SCORE": (lambda m: fastadv.SCORE(), 20, 2),
+    "SCOREPGDAT": (lambda m: fastadv.SCOREPGDAT(), 20, 1),
+    "MART": (lambda m: fastadv.MART(), 20, 2),
+    "RST": (lambda m: fastadv.RST(), 20 + 1, 2),
+    "RSTStability": (lambda m: fastadv.RSTStability(), 0, 2),
+    "GKL": (lambda m: fastadv.GKL(10), 10 + 1, 2),
+    "ALP": (lambda m: fastadv.ALP(), 20 + 1, 2),
+    "HalfHalf": (lambda m: fastadv.HalfHalf(), 20, 2),
+    "FGSMRS": (lambda m: fastadv.FGSMRS(), 2, 1),
+    "NFGSM": (lambda m: fastadv.NFGSM(), 2, 1),
+    "FeatureScatter": (lambda m: fastadv.FeatureScatter(), 2 + 1, 1),
+}
+
+
+def trained_pass(model: nn.Module) -> int:
+    """Forward and weight gradients: 3 forwards' worth but for the images' gradient, which no training step needs."""
+    return 3 * flops(lambda: model(X)) - flops(lambda: model[0](X))
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_training_step_is_its_model_passes(case):
+    """PGD-AT 23, TRADES 27, or 26 where attack and step share the clean forward, MART 26, FGSM-RS 5."""
+    build, attack, trained = STEPS[case]
+    model = conv_net()
+    objective = build(model)
+    counted = flops(lambda: objective(model, X, Y).loss.backward())
+    assert counted == attack * flops(lambda: model(X)) + trained * trained_pass(model)
+
+
+@pytest.mark.parametrize(("objective", "passes"), [(fastadv.PGDAT(), 1), (fastadv.TRADES(), 2), (fastadv.MART(), 2)])
+def test_adversarial_weights_cost_the_loss_once_more(objective, passes):
+    """3 for PGD-AT, 6 for TRADES and MART: weight gradients alone, and no pass to perturb or restore."""
+    model = conv_net()
+    awp = fastadv.AWP(model)
+
+    def step() -> None:
+        with awp.perturb(lambda: objective.loss(model, X, Y, X)):
+            objective.loss(model, X, Y, X).backward()
+
+    assert flops(step) == 2 * passes * trained_pass(model)
+
+
+@pytest.mark.parametrize("replays", [1, 4])
+def test_free_training_is_its_replays(replays):
+    """3 each: the images' gradient is the weights' own backward, to its end."""
+    model = conv_net()
+    forward = flops(lambda: model(X))
+
+    def step() -> None:
+        for out in fastadv.FreeAT(replays=replays)(model, X, Y):
+            out.loss.backward()
+
+    assert flops(step) == replays * 3 * forward
+
+
 class Ops(TorchDispatchMode):
     """Records what torch runs."""
 
@@ -67,18 +130,31 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::item", "aten::is_nonzero"}
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("options", [{}, {"keep_best": True}, {"loss": "kl"}, {"targeted": True}], ids=str)
 def test_no_step_waits_for_the_device(norm, options):
     """Checks and the random seed may, once a call; a step that does would stall a GPU and break graph capture."""
-    syncs = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::item", "aten::is_nonzero"}
 
     def waits(steps: int) -> int:
         with Ops() as ran:
             fastadv.PGD(conv_net(), eps=0.03, steps=steps, norm=norm, **options)(X, Y)
-        return sum(name in syncs for name in ran.names)
+        return sum(name in SYNCS for name in ran.names)
 
     assert waits(2) == waits(9)
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_no_loss_waits_for_the_device(case):
+    """Whatever an objective does between the attack and the optimiser, metrics included."""
+    model = conv_net()
+    objective = STEPS[case][0](model)
+    with Ops() as ran:
+        objective.forward(model, X, Y, X.flip(0)).loss.backward()
+    assert not SYNCS.intersection(ran.names)
+    assert "aten::convolution" in ran.names
 
 
 def test_a_plain_step_runs_few_ops_besides_the_model():

@@ -22,7 +22,7 @@ from ..reference.step import Scalar, per_sample
 CustomLoss = Callable[[Tensor, Tensor | None], Tensor]
 
 STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
-LABEL_LOSSES = {"ce": ops.log_odds, "margin": ops.margin, "dlr": ops.dlr}
+LABEL_LOSSES = {"ce": ops.ce, "margin": ops.margin, "dlr": ops.dlr}
 DIVERGENCES = {"kl": ops.kl, "se": ops.se}
 INITS = ("uniform", "normal", "zero")
 NORMAL_SCALE = 1e-3  # TRADES' start: x + 0.001 N(0, 1)
@@ -44,7 +44,7 @@ class AttackInfo:
         nan_grad: whether the last input gradient held a NaN.
         success: whether the returned image fools the model, where the attack evaluated it (keep_best, early_stop or
             several restarts); else None.
-        loss: the loss of the returned image, likewise. For "ce" in its attack form, log((1 - p_y) / p_y).
+        loss: the loss of the returned image, likewise. For "ce" under bn "eval" in its attack form, log((1 - p_y) / p_y).
         forwards: forward passes of the model.
     """
 
@@ -65,9 +65,9 @@ class PGD:
         alpha: step size in the same units, float or [N]; None: ``2.5 * eps / steps`` (Madry et al.).
         steps: gradient steps, >= 1. Each is one forward and one input gradient.
         norm: "linf", "l2" or "l1".
-        loss: what is maximised. "ce" (in its attack form, which cannot saturate), "margin" (Carlini-Wagner), "dlr"
-            (``targeted``: from the clean prediction to y); "kl" or "se" from the clean prediction (TRADES, SCORE; needs
-            no y); or a callable ``(logits, y) -> [N]``.
+        loss: what is maximised. "ce" (under bn "eval" in its attack form, which cannot saturate), "margin"
+            (Carlini-Wagner), "dlr" (``targeted``: from the clean prediction to y); "kl" or "se" from the clean prediction
+            (TRADES, SCORE; needs no y); or a callable ``(logits, y) -> [N]``.
         init: "uniform" in the ball, "normal" (``x + 0.001 N(0,1)``), "zero", or a tensor like x to start from, projected.
         bn: where batch statistics come from during the attack: "eval", "batch" or "train" (:func:`fastadv.engine.attacking`).
         restarts: independent starts; the best image of each sample is returned (one more forward a restart).
@@ -260,12 +260,14 @@ class PGD:
             # From the clean prediction to the target; the attack descends, and this rises on the way.
             loss, dlogits = ops.dlr_targeted(logits, reference.argmax(1), y, out=out)
             return loss.neg_(), dlogits.neg_()
+        if self.loss != "ce" or self.bn != "eval":  # batch statistics couple the samples: the sizes of their losses matter
+            return LABEL_LOSSES[self.loss](logits, y, out=out)
         if y.is_floating_point():
             # A one-hot row is a hard label, and like one it must not saturate.
             (loss, dlogits), (odds, d_odds) = ops.ce(logits, y), ops.log_odds(logits, y.argmax(1))
             one_hot = (y.amax(1) == 1) & (y.sum(1) == 1)
             return torch.where(one_hot, odds, loss), torch.where(one_hot[:, None], d_odds, dlogits)
-        return LABEL_LOSSES[self.loss](logits, y, out=out)
+        return ops.log_odds(logits, y, out=out)
 
     def _fooled(self, logits: Tensor, label: Tensor | None) -> Tensor:
         prediction = logits.argmax(1)

@@ -93,8 +93,12 @@ class Objective:
         return self.forward(model, x, y, self.adversarial(model, x, y))
 
     def __repr__(self) -> str:
-        shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        shown = {
+            name: getattr(value, "__name__", None) or repr(value)
+            for name, value in vars(self).items()
+            if not name.startswith("_") and not isinstance(value, Tensor)
+        }
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
 def output(loss: Tensor, y: Tensor, logits: Tensor | None, logits_adv: Tensor | None, x_adv: Tensor | None) -> Output:

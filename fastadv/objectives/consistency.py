@@ -18,7 +18,10 @@ from .labels import weight as checked
 
 
 def consistency_loss(logits_1: Tensor, logits_2: Tensor, temperature: float = 0.5) -> Tensor:
-    """The mean Jensen-Shannon divergence of two batches of sharpened predictions: scalar, differentiable in both logits."""
+    """The mean Jensen-Shannon divergence of two batches of sharpened predictions: scalar, differentiable in both logits.
+
+    As the original, it takes a mean probability below 1e-8 for 1e-8.
+    """
     log_p, log_q = ((arithmetic(z) / temperature).log_softmax(1) for z in (logits_1, logits_2))
     p, q = log_p.exp(), log_q.exp()
     log_mean = ((p + q) / 2).clamp(min=1e-8).log()

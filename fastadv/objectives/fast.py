@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..attacks import PGD
-from ..engine import Model, attacking, unwrap
+from ..engine import BN_MODES, Model, attacking, unwrap
 from .base import LabelLoss
 from .labels import cross_entropy, weight
 from .pgd_at import PGDAT
@@ -38,6 +38,8 @@ class NFGSM(PGDAT):
         bn, bounds, generator: as :class:`fastadv.PGD`. label_loss: as :class:`PGDAT`.
     """
 
+    PAPER: ClassVar[dict[str, Any]] = {}
+
     def __init__(
         self,
         eps: float = 8 / 255,
@@ -48,6 +50,7 @@ class NFGSM(PGDAT):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(None, label_loss)
+        checks.one_of("bn", bn, BN_MODES)
         self.eps, self.noise, self.bn = weight("eps", eps), weight("noise", noise), bn
         self.bounds, self.generator = checks.bounds(bounds), generator
 

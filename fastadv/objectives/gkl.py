@@ -20,7 +20,7 @@ from ..attacks import PGD
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import Objective, Output, output
-from .labels import cross_entropy, weight
+from .labels import cross_entropy, hard, weight
 
 
 def weighted_mse(logits: Tensor, logits_adv: Tensor, pi: Tensor) -> Tensor:
@@ -29,6 +29,7 @@ def weighted_mse(logits: Tensor, logits_adv: Tensor, pi: Tensor) -> Tensor:
     With d = z - z', S_i = sum_j pi_ij and m_i = sum_j pi_ij d_ij: 1/2 sum_i (S_i sum_j pi_ij d_ij^2 - m_i^2) / sum_i S_i^2.
     """
     d = arithmetic(logits) - arithmetic(logits_adv)
+    pi = pi.to(d)
     mass, mean = pi.sum(1), (pi * d).sum(1)
     return (mass * (pi * d * d).sum(1) - mean * mean).sum() / (2 * mass.square().sum())
 
@@ -46,8 +47,8 @@ def gkl_loss(
 
     ``class_means`` [C, C]: row k is the mean prediction on class k; None: uniform. pi is its rows at y to the ``power``.
     """
-    z = arithmetic(logits)
-    pi = torch.ones_like(z) if class_means is None else class_means.to(z)[y.long()] ** power
+    z, y = arithmetic(logits), hard(y)
+    pi = torch.ones_like(z) if class_means is None else class_means.to(z)[y] ** power
     soft = ops.ce(logits_adv, z.detach().softmax(1))[0].mean()
     return cross_entropy(logits, y) + alpha * soft + beta * weighted_mse(logits, logits_adv, pi)
 
@@ -79,7 +80,8 @@ class GKL(Objective):
             raise ValueError(f"classes must be an integer >= 2; got {classes!r}")
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0; got {temperature!r}")
-        self.alpha, self.beta, self.power, self.temperature = weight("alpha", alpha), weight("beta", beta), power, temperature
+        self.alpha, self.beta = weight("alpha", alpha), weight("beta", beta)
+        self.power, self.temperature = weight("power", power), temperature
         self.class_means: Tensor | None = None
         self._sums, self._counts = torch.zeros(classes, classes), torch.zeros(classes)
 
@@ -97,13 +99,19 @@ class GKL(Objective):
     def observe(self, logits: Tensor | None, y: Tensor) -> None:
         """Counts a batch's predictions into the class means of this epoch; calling the objective does it already."""
         assert logits is not None
-        p = (arithmetic(logits.detach()) / self.temperature).softmax(1).float()
-        self._sums, self._counts = self._sums.to(p.device), self._counts.to(p.device)
+        p = (arithmetic(logits.detach()) / self.temperature).softmax(1)
+        self._sums, self._counts = self._sums.to(p), self._counts.to(p)
         self._sums.index_add_(0, y.long(), p)
         self._counts.index_add_(0, y.long(), torch.ones_like(p[:, 0]))
 
     def end_epoch(self) -> None:
-        """Makes this epoch's class means the next one's weights. A class without images keeps uniform ones."""
+        """Makes this epoch's class means the next one's weights. A class without images gets uniform ones.
+
+        Raises:
+            RuntimeError: nothing was observed: a loop that calls :meth:`forward` or :meth:`loss` calls :meth:`observe` too.
+        """
+        if not bool(self._counts.any()):
+            raise RuntimeError("no predictions were observed in this epoch: call the objective, or observe(logits, y)")
         uniform = torch.full_like(self._sums, 1 / len(self._counts))
         self.class_means = torch.where(self._counts[:, None] > 0, self._sums / self._counts[:, None].clamp(min=1), uniform)
         self._sums, self._counts = torch.zeros_like(self._sums), torch.zeros_like(self._counts)

@@ -9,7 +9,8 @@ loss, so it composes with any objective that takes one:
     fastadv.TRADES(label_loss=HypersphereMargin(scale=15.0, margin=0.2))   # TRADES-HE; 10 and 0.2 with PGDAT: PGD-HE
     fastadv.ALP(attack, weight=0.5 / 20**2, label_loss=HypersphereMargin(20.0, 0.3), together=False)   # ALP-HE
 
-(ALP-HE pairs cosines, so its weight is divided by the squared scale.)
+(ALP-HE pairs cosines, so its weight is divided by the squared scale. All three attack as MART or TRADES do in their papers:
+pass ``fastadv.MART.paper_attack(model)`` to PGDAT and ALP.)
 
 Pang et al., "Boosting Adversarial Training with Hypersphere Embedding", 2020.
 """
@@ -21,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reference.loss import one_hot
-from .labels import cross_entropy
+from ..reference.step import arithmetic
+from .labels import cross_entropy, hard
 
 
 def hypersphere_loss(logits: Tensor, y: Tensor, scale: float, margin: float) -> Tensor:
     """``CE(z - scale margin 1_y, y)``: scalar. ``logits`` [N, C] are ``scale cos``, as of :class:`HypersphereHead`."""
-    return cross_entropy(logits - scale * margin * one_hot(y.long(), logits), y)
+    z = arithmetic(logits)
+    return cross_entropy(z - scale * margin * one_hot(hard(y), z), y)
 
 
 class HypersphereMargin:

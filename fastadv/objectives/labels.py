@@ -21,8 +21,8 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return ops.ce(logits, y)[0].mean()
 
 
-def smooth_labels(y: Tensor, classes: int, amount: float, over: str = "all") -> Tensor:
-    """Soft labels [N, C] in float32, or y's dtype where y is soft already.
+def smooth_labels(y: Tensor, classes: int, amount: float, over: str = "all", dtype: torch.dtype = torch.float32) -> Tensor:
+    """Soft labels [N, C] in ``dtype``, from y [N], or [N, C] where they are soft already.
 
     - over="all": ``(1 - amount) t + amount / C``: mass ``1 - amount + amount / C`` on the label (``F.cross_entropy``'s
       ``label_smoothing``, DM-Improves-AT);
@@ -30,7 +30,7 @@ def smooth_labels(y: Tensor, classes: int, amount: float, over: str = "all") -> 
       Bag of Tricks).
     """
     checks.one_of("over", over, OVER)
-    t = y if y.is_floating_point() else one_hot(y.long(), torch.empty(len(y), classes, device=y.device))
+    t = y.to(dtype) if y.is_floating_point() else one_hot(y.long(), torch.empty(len(y), classes, dtype=dtype, device=y.device))
     return (1 - amount) * t + (amount / classes if over == "all" else amount * (1 - t) / (classes - 1))
 
 
@@ -44,10 +44,18 @@ class LabelSmoothing:
         self.amount, self.over = amount, over
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(logits, smooth_labels(y, logits.shape[1], self.amount, self.over))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return cross_entropy(logits, smooth_labels(y, logits.shape[1], self.amount, self.over, dtype))
 
     def __repr__(self) -> str:
         return f"LabelSmoothing({self.amount}, over={self.over!r})"
+
+
+def hard(y: Tensor) -> Tensor:
+    """Class indices [N], for a formula that has no form in soft labels."""
+    if y.is_floating_point():
+        raise ValueError(f"y must be integer labels [N]; got soft labels {list(y.shape)}")
+    return y.long()
 
 
 def weight(name: str, value: float) -> float:

@@ -17,7 +17,7 @@ from ..engine import Model
 from ..reference.loss import pick, without
 from ..reference.step import arithmetic
 from .base import Objective, Output, output
-from .labels import weight
+from .labels import hard, weight
 
 TINY = 1e-12  # the original's, inside every logarithm of q
 
@@ -27,7 +27,7 @@ def mart_loss(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float = 5.0) 
 
     With the original's constants: ``-log(1.0001 - q_k + 1e-12)``, ``log(q + 1e-12)`` and ``1.0000001 - p_y``.
     """
-    z, z_adv, y = arithmetic(logits), arithmetic(logits_adv), y.long()
+    z, z_adv, y = arithmetic(logits), arithmetic(logits_adv), hard(y)
     log_p = z.log_softmax(1)
     p, q = log_p.exp(), z_adv.softmax(1)
     rival = without(z_adv.detach(), y).argmax(1)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ..attacks import PGD
 from ..engine import Model
 from ..reference.loss import pick
+from ..reference.step import arithmetic
+from .labels import hard
 from .pgd_at import PGDAT
 
 
@@ -37,7 +39,7 @@ def mmc_centres(classes: int, dimensions: int, norm: float = 10.0) -> Tensor:
 
 def mmc_distance(logits: Tensor, y: Tensor) -> Tensor:
     """``|phi - mu_y|^2`` per sample [N], from the logits of :class:`MMCHead`; y integer [N]."""
-    return -pick(logits, y.long())
+    return -pick(arithmetic(logits), hard(y))
 
 
 def mmc_loss(logits: Tensor, y: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..attacks import PGD
-from ..engine import Model, attacking
+from ..engine import Model, attacking, unwrap
+from ..reference.step import arithmetic
 from .base import LabelLoss, Objective, Output, output
 from .labels import cross_entropy
 from .labels import weight as checked
@@ -23,7 +24,7 @@ def alp_loss(
     logits: Tensor, logits_adv: Tensor, y: Tensor, weight: float = 0.5, label_loss: LabelLoss = cross_entropy
 ) -> Tensor:
     """ALP's loss: scalar, differentiable in both logits [N, C]; the last mean is over all N*C elements."""
-    pairing = (logits - logits_adv).square().mean() if weight else 0.0
+    pairing = (arithmetic(logits) - arithmetic(logits_adv)).square().mean() if weight else 0.0
     return (label_loss(logits, y) + label_loss(logits_adv, y)) / 2 + weight * pairing
 
 
@@ -56,8 +57,9 @@ class ALP(Objective):
         attack = self.attack_on(model)
         if not attack.targeted:
             return attack(x, y)
-        with attacking(attack.model, attack.bn), torch.no_grad():
-            least_likely = attack.model(x).argmin(1)
+        inner = unwrap(attack.model)
+        with attacking(inner, attack.bn), torch.no_grad():
+            least_likely = inner(x).argmin(1)
         return attack(x, least_likely)
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:

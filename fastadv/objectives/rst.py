@@ -17,7 +17,7 @@ from ..attacks import PGD
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import Objective, Output, output
-from .labels import weight
+from .labels import hard, weight
 from .trades import TRADES
 
 
@@ -26,7 +26,7 @@ def rst_loss(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float = 6.0, e
 
     A batch without any label (or without any unlabelled image) has no such term.
     """
-    labelled = y >= 0
+    labelled = hard(y) >= 0
     per_sample = ops.ce(logits, y.clamp(min=0))[0]
     loss = mean_over(per_sample, labelled) + beta * ops.kl(logits, logits_adv)[0].mean()
     if entropy_weight:

@@ -23,7 +23,7 @@ from .trades import TRADES
 def label_error(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """``|softmax z - t|^2`` per sample [N]: summed over classes, no root, no 1/2. t: labels smoothed over the others."""
     p = arithmetic(logits).softmax(1)
-    return (p - smooth_labels(y, logits.shape[1], label_smoothing, over="others").to(p)).square().sum(1)
+    return (p - smooth_labels(y, p.shape[1], label_smoothing, "others", p.dtype)).square().sum(1)
 
 
 def score_loss(
