@@ -235,7 +235,10 @@ def train_step(
     else:
         x_adv = objective.adversarial(model, x, y)
         with awp.perturb(lambda: objective.loss(model, x, y, x_adv)):
-            loss = descend(objective.forward(model, x, y, x_adv))
+            out = objective.forward(model, x, y, x_adv)
+            loss = descend(out)
+        if isinstance(objective, GKL):
+            objective.observe(out.logits, y)
     optimizer.step()
     return loss
 

@@ -49,7 +49,7 @@ METHODS = {
     "alp": Method(lambda attack: o.ALP(attack())),
     "trades": Method(lambda attack: o.TRADES(attack(**KL), beta=1.0)),  # the paper's beta for digits
     "dm": Method(lambda attack: o.DM(attack(loss="kl", bn="batch"))),
-    "mart": Method(lambda attack: o.MART(attack(init="normal"))),
+    "mart": Method(lambda attack: o.MART(attack(init="normal")), lr=0.03),
     "score": Method(lambda attack: o.SCORE(attack(loss="se", bn="batch"))),
     "score-pgd-at": Method(lambda attack: o.SCOREPGDAT(attack(loss=label_error))),
     "pgd-he": Method(

@@ -27,7 +27,7 @@ def robust_loss(model: nn.Module, x: Tensor, y: Tensor) -> float:
         return float(F.cross_entropy(model(x_adv), y))
 
 
-@pytest.mark.parametrize(("name", "gamma"), [*((name, 0.0) for name in METHODS), ("pgd-at", 0.005), ("trades", 0.005)])
+@pytest.mark.parametrize(("name", "gamma"), [*((name, 0.0) for name in METHODS), ("pgd-at", 0.005), ("gkl", 0.005)])
 def test_a_few_steps_lower_the_robust_loss(name, gamma, digits):
     x, y = digits
     method, model, generator = METHODS[name], demo.small_cnn(0, METHODS[name].head), torch.Generator().manual_seed(0)
