@@ -11,7 +11,8 @@ import torch.distributed
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(2)
+# Several processes of several threads each would wait for one another, tens of times over.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture

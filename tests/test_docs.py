@@ -62,7 +62,7 @@ def test_links_lead_somewhere(page):
 def test_the_readme_has_the_two_commands():
     commands = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
     assert 'pip install -c constraints.txt -e ".[demo]" && fastadv demo' in commands
-    assert 'pip install -c constraints.txt -e ".[test]" && pytest' in commands
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest -n auto --dist loadfile' in commands
 
 
 def test_every_public_name_is_documented():
