@@ -135,7 +135,8 @@ class NinjaBuild(build_ext):
                 "rule nvcc\n  command = $nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             ]
         objects = []
-        for source in sorted(CSRC.glob("*.cpp")) + (sorted(CSRC.glob("*.cu")) if nvcc else []):
+        # What takes longest first: ninja starts jobs in this order.
+        for source in (sorted(CSRC.glob("*.cu")) if nvcc else []) + sorted(CSRC.glob("*.cpp")):
             objects.append(f"{source.name}.o")
             lines.append(f"build {source.name}.o: {'nvcc' if source.suffix == '.cu' else 'cxx'} {ninja_path(source)}")
         lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")

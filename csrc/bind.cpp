@@ -41,7 +41,7 @@ void def_step(py::module_& m, const char* name) {
                  double fraction, uintptr_t workspace, uintptr_t where) {
     const StepArgs args{pointer<void>(out),      pointer<void>(adv),     pointer<void>(grad), pointer<void>(x), samples, size,
                         DType(dtype),            DType(grad_dtype),      alpha,               eps,              lo,      hi,
-                        pointer<double>(alphas), pointer<double>(radii), fraction,            pointer<double>(workspace)};
+                        pointer<double>(alphas), pointer<double>(radii), fraction,            pointer<L2Sums>(workspace)};
     call(kernel, args, where);
   });
 }
@@ -139,8 +139,8 @@ PYBIND11_MODULE(_C, m) {
   def_step<l2_step_cuda>(m, "l2_step_cuda");
   def_step<l1_step_cuda>(m, "l1_step_cuda");
   def_start<linf_start_cuda>(m, "linf_start_cuda");
-  m.def("l2_workspace_cuda", [](int64_t samples, int64_t size, int dtype, int grad_dtype) {
-    return l2_workspace_cuda(samples, size, DType(dtype), DType(grad_dtype));
+  m.def("l2_workspace_cuda", [](int64_t samples, int64_t size, int dtype) {
+    return l2_workspace_cuda(samples, size, DType(dtype));
   });
 
   def_loss<ce_cuda>(m, "ce_cuda");

@@ -24,58 +24,78 @@ struct alignas(sizeof(S) * kCount > 16 ? 16 : sizeof(S) * kCount) Pack {
   S v[kCount];
 };
 
-constexpr int kVector = 4;  // neighbours that Memory moves at once: 16 bytes of fp32, 8 of a half format
+// Memory to registers and back: all at once, or the `count` elements that there are one by one.
+template <class S, int kCount>
+__device__ void read(const S* from, bool at_once, int count, Pack<S, kCount>& to) {
+  if (at_once) {
+    to = *reinterpret_cast<const Pack<S, kCount>*>(from);
+  } else {
+#pragma unroll
+    for (int v = 0; v < kCount; ++v)
+      if (v < count) to.v[v] = from[v];
+  }
+}
+
+template <class S, int kCount>
+__device__ void write(S* to, bool at_once, int count, const Pack<S, kCount>& from) {
+  if (at_once) {
+    *reinterpret_cast<Pack<S, kCount>*>(to) = from;
+  } else {
+#pragma unroll
+    for (int v = 0; v < kCount; ++v)
+      if (v < count) to[v] = from.v[v];
+  }
+}
 
 // Memory in one of the storage types that are computed in T, known when the kernel runs: one branch a load, the same for all
-// threads, for a third of the code to compile. Streaming kernels, which do little else than load, are compiled type by type.
+// threads, for a third of the code to compile. Loads of T itself do not wait for each other.
 template <class T>
 struct Memory {
   void* data;
   DType dtype;
 
-  // Calls f with the data, typed.
-  template <class F>
-  __device__ void typed(const F& f) const {
-    if constexpr (sizeof(T) == 8) f(static_cast<double*>(data));
-    else if (dtype == DType::f32) f(static_cast<float*>(data));
-    else if (dtype == DType::bf16) f(static_cast<bf16*>(data));
-    else f(static_cast<f16*>(data));
+  __device__ bool half() const { return sizeof(T) == 4 && dtype != DType::f32; }
+  __device__ T of_half(uint16_t bits) const { return T(dtype == DType::bf16 ? load(bf16{bits}) : load(f16{bits})); }
+  __device__ uint16_t to_half(T value) const {
+    bf16 b;
+    f16 h;
+    store(b, float(value));
+    store(h, float(value));
+    return dtype == DType::bf16 ? b.bits : h.bits;
   }
+
   __device__ T get(int64_t at) const {
-    T value;
-    typed([&](const auto* p) { value = load(p[at]); });
-    return value;
+    return half() ? of_half(static_cast<const uint16_t*>(data)[at]) : static_cast<const T*>(data)[at];
   }
   __device__ void set(int64_t at, T value) const {
-    typed([&](auto* p) { store(p[at], value); });
+    if (half()) static_cast<uint16_t*>(data)[at] = to_half(value);
+    else static_cast<T*>(data)[at] = value;
   }
-  // kVector neighbours: all at once, or the `count` that there are one by one; `nothing` for the others.
-  __device__ void get(int64_t at, bool at_once, int count, T nothing, T* values) const {
-    typed([&](const auto* p) {
-      using Vector = Pack<std::remove_cv_t<std::remove_reference_t<decltype(*p)>>, kVector>;
-      if (at_once) {
-        const Vector vector = *reinterpret_cast<const Vector*>(p + at);
+
+  // Neighbours, as read() and write() move them; zeros for those that there are not.
+  template <int kCount>
+  __device__ Pack<T, kCount> get(int64_t at, bool at_once, int count) const {
+    Pack<T, kCount> values{};
+    if (half()) {
+      Pack<uint16_t, kCount> bits{};
+      read(static_cast<const uint16_t*>(data) + at, at_once, count, bits);
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) values[v] = load(vector.v[v]);
-      } else {
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) values[v] = v < count ? load(p[at + v]) : nothing;
-      }
-    });
+      for (int v = 0; v < kCount; ++v) values.v[v] = of_half(bits.v[v]);
+    } else {
+      read(static_cast<const T*>(data) + at, at_once, count, values);
+    }
+    return values;
   }
-  __device__ void set(int64_t at, bool at_once, int count, const T* values) const {
-    typed([&](auto* p) {
-      if (at_once) {
-        Pack<std::remove_reference_t<decltype(*p)>, kVector> vector;
+  template <int kCount>
+  __device__ void set(int64_t at, bool at_once, int count, const Pack<T, kCount>& values) const {
+    if (half()) {
+      Pack<uint16_t, kCount> bits;
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) store(vector.v[v], values[v]);
-        *reinterpret_cast<decltype(vector)*>(p + at) = vector;
-      } else {
-#pragma unroll
-        for (int v = 0; v < kVector; ++v)
-          if (v < count) store(p[at + v], values[v]);
-      }
-    });
+      for (int v = 0; v < kCount; ++v) bits.v[v] = to_half(values.v[v]);
+      write(static_cast<uint16_t*>(data) + at, at_once, count, bits);
+    } else {
+      write(static_cast<T*>(data) + at, at_once, count, values);
+    }
   }
 };
 
@@ -110,21 +130,24 @@ __device__ T shuffle_xor(unsigned mask, T v, int offset) {
 // a reduction: the butterfly and the loop add the same numbers in the same order for all, so all have the same bits.
 class Group {
  public:
-  __device__ explicit Group(int lanes_or_0) : lanes_(lanes_or_0) {}  // 0: the block
+  __device__ explicit Group(int lanes_or_0)  // 0: the block
+      : in_warp_(lanes_or_0 > 0),
+        size_(in_warp_ ? lanes_or_0 : int(blockDim.x)),
+        rank_(in_warp_ ? int(threadIdx.x) & (lanes_or_0 - 1) : int(threadIdx.x)) {}
 
-  __device__ int rank() const { return lanes_ ? int(threadIdx.x) % lanes_ : int(threadIdx.x); }
-  __device__ int size() const { return lanes_ ? lanes_ : int(blockDim.x); }
-  __device__ int64_t first_row() const { return lanes_ ? (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / lanes_ : blockIdx.x; }
-  __device__ int64_t row_stride() const { return lanes_ ? gridDim.x * int64_t(blockDim.x) / lanes_ : gridDim.x; }
+  __device__ int rank() const { return rank_; }
+  __device__ int size() const { return size_; }
+  __device__ int64_t first_row() const { return blockIdx.x * int64_t(blockDim.x / size_) + threadIdx.x / size_; }
+  __device__ int64_t row_stride() const { return gridDim.x * int64_t(blockDim.x / size_); }
 
   template <class T, class Op>
   __device__ T reduce(T v, const Op& op) const {
-    const int lanes = lanes_ ? lanes_ : kWarp;
-    const int first = int(threadIdx.x) % kWarp / lanes * lanes;  // other rows of the warp may have ended
-    const unsigned mask = (lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1) << first;
+    const int lanes = in_warp_ ? size_ : kWarp;
+    const int first = int(threadIdx.x) & (kWarp - lanes);  // other rows of the warp may have ended
+    const unsigned mask = (0xffffffffu >> (kWarp - lanes)) << first;
     for (int offset = lanes / 2; offset > 0; offset /= 2) v = op(v, shuffle_xor(mask, v, offset));
     const int warps = int(blockDim.x) / kWarp;
-    if (lanes_ || warps == 1) return v;
+    if (in_warp_ || warps == 1) return v;
 
     __shared__ T partial[kWarp];
     if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = v;
@@ -136,7 +159,8 @@ class Group {
   }
 
  private:
-  int lanes_;
+  bool in_warp_;
+  int size_, rank_;
 };
 
 struct Plus {
@@ -175,16 +199,22 @@ __device__ inline void cluster_barrier() {
 }
 
 // *local of the block of that rank; `local` points to shared memory.
-__device__ inline double cluster_read(const double* local, int rank) {
+template <class T>
+__device__ T cluster_read(const T* local, int rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  double value;
+  static_assert(sizeof(T) % 8 == 0, "read by words of 8 bytes");
   const auto address = uint32_t(__cvta_generic_to_shared(local));
   uint32_t remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(remote));
+  uint64_t words[sizeof(T) / 8];
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 8); ++i)
+    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(words[i]) : "r"(remote + 8 * i));
+  T value;
+  memcpy(&value, words, sizeof(T));
   return value;
 #else
-  return rank == 0 ? *local : 0.0;
+  return rank == 0 ? *local : T{};
 #endif
 }
 

@@ -23,8 +23,8 @@ struct Launch {
 };
 
 constexpr int kWarp = 32;
-// Of kernels that keep much in registers: 128 for each thread. Their __launch_bounds__ ask for one block a multiprocessor and
-// no more; left to itself, ptxas takes fewer registers and spills.
+// Of kernels that keep much in registers: up to 128 for each thread. Their __launch_bounds__ say how many blocks a multiprocessor
+// must hold; left to itself, ptxas takes fewer registers and spills.
 constexpr int kMaxThreads = 512;
 constexpr int kStreamThreads = 256;
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // of grid.x

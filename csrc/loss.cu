@@ -7,7 +7,7 @@
 //
 // Each loss is written once, over a Row that is either. Threads see a row as slots: slot s of a thread holds class index(s);
 // slots behind the row's end hold -inf, whose exp is 0, so sums need no masks. What a kernel computes in is a template
-// parameter, what lies in memory is not (Memory in cuda.h).
+// parameter; what lies in memory (Memory in cuda.h) and what tells losses of one kind apart is not: code is built once a kind.
 #include <limits>
 
 #include "cuda.h"
@@ -28,6 +28,8 @@ __device__ T minus_infinity() {
 
 // ------------------------------------------------------------------------------------------------------------ the rows
 
+constexpr int kVector = 4;  // neighbours that move at once: 16 bytes of fp32, 8 of a half format
+
 // A row in registers, kSlots logits a thread, in vectors of neighbours. The class `skip` reads as -inf.
 template <class T, int kSlots>
 struct Row {
@@ -40,9 +42,10 @@ struct Row {
       : group(group), classes(int32_t(classes)), vectorised(vectorised) {
 #pragma unroll
     for (int s = 0; s < kSlots; s += kVector) {
-      matrix.get(row * classes + index(s), at_once(s), count(s), minus_infinity<T>(), logit + s);
+      const auto vector = matrix.template get<kVector>(row * classes + index(s), at_once(s), count(s));
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) logit[s + v] = index(s + v) == skip ? minus_infinity<T>() : logit[s + v];
+      for (int v = 0; v < kVector; ++v)
+        logit[s + v] = index(s + v) < classes && index(s + v) != skip ? vector.v[v] : minus_infinity<T>();
     }
   }
 
@@ -71,9 +74,9 @@ struct Row {
   __device__ void write(const Memory<T>& to, int64_t row, const F& f) const {
 #pragma unroll
     for (int s = 0; s < kSlots; s += kVector) {
-      T values[kVector];
+      Pack<T, kVector> values;
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) values[v] = f(s + v);
+      for (int v = 0; v < kVector; ++v) values.v[v] = f(s + v);
       to.set(row * classes + index(s), at_once(s), count(s), values);
     }
   }
@@ -143,19 +146,26 @@ struct Better {
   }
 };
 
-// The first class of the largest logit among those that `among` admits.
+// The first class of the largest logit among those that `among` admits, of which there are some; NaN ranks with +inf.
 template <class T, int kSlots, class Among>
 __device__ int32_t argmax(const Row<T, kSlots>& row, const Among& among) {
-  const int32_t nobody = std::numeric_limits<int32_t>::max();
-  Candidate<T> best{minus_infinity<T>(), nobody};
+  Candidate<T> best{minus_infinity<T>(), std::numeric_limits<int32_t>::max()};
 #pragma unroll kUnroll<kSlots>
-  for (int s = 0; s < row.slots(); ++s)
-    if (row.index(s) < row.classes && among(row.index(s))) best = Better()(best, Candidate<T>{row.at(s), int32_t(row.index(s))});
-  best = row.group.reduce(best, Better());
-  return best.index == nobody ? 0 : best.index;  // nobody: all are NaN
+  for (int s = 0; s < row.slots(); ++s) {
+    const T z = row.at(s);
+    if (row.index(s) < row.classes && among(row.index(s)))
+      best = Better()(best, Candidate<T>{z == z ? z : -minus_infinity<T>(), row.index(s)});
+  }
+  return row.group.reduce(best, Better()).index;
 }
 
 // ---------------------------------------------------------------------------------------------------------- the losses
+
+// A label; one that is no class counts as class 0, and makes its row NaN.
+struct Label {
+  int64_t index;
+  bool valid;
+};
 
 // Row i of a batch, and where its results go.
 template <class T_, int kSlots>
@@ -166,15 +176,16 @@ struct Sample {
   bool vectorised;
   int64_t i;
 
-  __device__ int64_t label() const { return args.labels[i]; }
-  __device__ int64_t target() const { return args.targets[i]; }
-  __device__ bool is_class(int64_t k) const { return k >= 0 && k < args.classes; }
+  __device__ Label label(const int64_t* labels) const {
+    const int64_t k = labels ? labels[i] : 0;
+    const bool valid = k >= 0 && k < args.classes;
+    return {valid ? k : 0, valid};
+  }
   __device__ Memory<T> matrix(const void* data) const { return {const_cast<void*>(data), args.dtype}; }
   __device__ T logit(int64_t k) const { return matrix(args.logits).get(i * args.classes + k); }
   __device__ Row<T, kSlots> row(const void* data, int64_t skip = -1) const {
     return Row<T, kSlots>(group, matrix(data), i, args.classes, vectorised, skip);
   }
-  __device__ const T* soft() const { return static_cast<const T*>(args.soft) + i * args.classes; }
   __device__ void loss(T value) const {
     if (group.rank() == 0) static_cast<T*>(args.loss)[i] = value;
   }
@@ -187,106 +198,85 @@ struct Sample {
   __device__ void grad_ref(const Row<T, kSlots>& row, const F& f) const {
     row.write(matrix(args.grad_ref), i, f);
   }
-  // What a label that is no class gets.
-  __device__ void refuse() const {
-    loss(T(NAN));
-    grad(row(args.logits), [](int) { return T(NAN); });
+};
+
+// ce; log_odds, which is cross-entropy with the softmax over the classes other than y.
+struct LabelLoss {
+  bool odds;
+
+  template <class Sample>
+  __device__ void operator()(const Sample& sample) const {
+    using T = typename Sample::T;
+    const Label y = sample.label(sample.args.labels);
+    auto row = sample.row(sample.args.logits, odds ? y.index : -1);
+    const Softmax<T> softmax = row.softmax();
+    const T nothing = y.valid ? T(0) : T(NAN);
+    const CrossEntropy<T> formula{divide(T(1), softmax.sum) + nothing, T(1)};
+    sample.loss(log_(softmax.sum) - (sample.logit(y.index) - softmax.max) + nothing);
+    sample.grad(row, [&](int s) { return formula(row.exp_at(s, softmax), T(row.index(s) == y.index)); });
   }
 };
 
-struct CeLoss {
+// ce of soft labels.
+struct SoftLabelLoss {
   template <class Sample>
-  static __device__ void compute(const Sample& sample) {
+  __device__ void operator()(const Sample& sample) const {
     using T = typename Sample::T;
-    if (sample.args.labels && !sample.is_class(sample.label())) return sample.refuse();
     auto row = sample.row(sample.args.logits);
     const Softmax<T> softmax = row.softmax();
-    const T log_sum = log_(softmax.sum), inverse = divide(T(1), softmax.sum);
-    if (sample.args.labels) {
-      const int64_t y = sample.label();
-      const CrossEntropy<T> formula{inverse, T(1)};
-      sample.loss(log_sum - (sample.logit(y) - softmax.max));
-      sample.grad(row, [&](int s) { return formula(row.exp_at(s, softmax), T(row.index(s) == y)); });
-    } else {
-      const T* t = sample.soft();
-      const auto target = [&](int s) { return row.index(s) < row.classes ? t[row.index(s)] : T(0); };
-      const T mass = sum(row, target);
-      const T dot = sum(row, [&](int s) { return target(s) == T(0) ? T(0) : target(s) * (row.at(s) - softmax.max); });
-      const CrossEntropy<T> formula{inverse, mass};
-      sample.loss(log_sum * mass - dot);
-      sample.grad(row, [&](int s) { return formula(row.exp_at(s, softmax), target(s)); });
-    }
+    const T* soft = static_cast<const T*>(sample.args.soft) + sample.i * sample.args.classes;
+    const auto target = [&](int s) { return row.index(s) < row.classes ? soft[row.index(s)] : T(0); };
+    const T mass = sum(row, target);
+    const T dot = sum(row, [&](int s) { return target(s) == T(0) ? T(0) : target(s) * (row.at(s) - softmax.max); });
+    const CrossEntropy<T> formula{divide(T(1), softmax.sum), mass};
+    sample.loss(log_(softmax.sum) * mass - dot);
+    sample.grad(row, [&](int s) { return formula(row.exp_at(s, softmax), target(s)); });
   }
 };
 
-// Cross-entropy's softmax over the classes other than y.
-struct LogOddsLoss {
-  template <class Sample>
-  static __device__ void compute(const Sample& sample) {
-    using T = typename Sample::T;
-    const int64_t y = sample.label();
-    if (!sample.is_class(y)) return sample.refuse();
-    auto row = sample.row(sample.args.logits, y);
-    const Softmax<T> others = row.softmax();
-    const CrossEntropy<T> formula{divide(T(1), others.sum), T(1)};
-    sample.loss(log_(others.sum) + (others.max - sample.logit(y)));
-    sample.grad(row, [&](int s) { return formula(row.exp_at(s, others), T(row.index(s) == y)); });
-  }
-};
+// rise / spread, rise = z_rival - z_y. How many of the largest logits it ranks makes the loss:
+//   1   margin: the rival is the largest other class, and there is no spread
+//   3   dlr: the same rival, spread z_(1) - z_(3)
+//   4   dlr_targeted: the rival is the target, spread z_(1) - (z_(3) + z_(4)) / 2
+//   0   dlr_targeted of fewer classes than ranks: no spread
+struct RatioLoss {
+  int ranks;
 
-struct MarginLoss {
   template <class Sample>
-  static __device__ void compute(const Sample& sample) {
+  __device__ void operator()(const Sample& sample) const {
     using T = typename Sample::T;
-    const int64_t y = sample.label();
-    if (!sample.is_class(y)) return sample.refuse();
+    const Label y = sample.label(sample.args.labels), target = sample.label(sample.args.targets);
     const auto row = sample.row(sample.args.logits);
-    const int32_t rival = argmax(row, [&](int64_t k) { return k != y; });
-    sample.loss(sample.logit(rival) - sample.logit(y));
-    sample.grad(row, [&](int s) { return T(row.index(s) == rival) - T(row.index(s) == y); });
-  }
-};
-
-// dlr: rise to the best other class, spread z_(1) - z_(3). Targeted: rise to the target, spread z_(1) - (z_(3) + z_(4)) / 2.
-// With fewer classes than ranks the ratio's denominator does not exist; the rise alone is the loss.
-template <bool kTargeted>
-struct DlrLoss {
-  template <class Sample>
-  static __device__ void compute(const Sample& sample) {
-    using T = typename Sample::T;
-    constexpr int kRanks = kTargeted ? 4 : 3;
-    const int64_t y = sample.label();
-    if (!sample.is_class(y) || (kTargeted && !sample.is_class(sample.target()))) return sample.refuse();
-    const auto row = sample.row(sample.args.logits);
-    int32_t rank[kRanks];
+    int64_t rank[4] = {-1, -1, -1, ranks == 1 ? y.index : -1};
+#pragma unroll 1
+    for (int r = 0; r < ranks; ++r) {
+      const int64_t next = argmax(row, [&](int64_t k) { return k != rank[0] && k != rank[1] && k != rank[2] && k != rank[3]; });
 #pragma unroll
-    for (int r = 0; r < kRanks; ++r) {
-      rank[r] = argmax(row, [&](int64_t k) {
-        bool free = true;
-#pragma unroll
-        for (int before = 0; before < r; ++before) free = free && k != rank[before];
-        return free;
-      });
+      for (int i = 0; i < 4; ++i) rank[i] = i == r ? next : rank[i];
     }
-    const int64_t rival = kTargeted ? sample.target() : rank[0] != y ? rank[0] : rank[1];
-    const T rise = sample.logit(rival) - sample.logit(y);
-    if (sample.args.classes < kRanks) {
-      sample.loss(rise);
-      return sample.grad(row, [&](int s) { return T(row.index(s) == rival) - T(row.index(s) == y); });
+    const bool valid = y.valid && target.valid;
+    const int64_t best = rank[0] != y.index ? rank[0] : rank[1], rival = sample.args.targets ? target.index : best;
+    const T rise = sample.logit(rival) - sample.logit(y.index);
+    T loss = rise, up = T(1), down = T(0);  // up, down: the derivatives by rise and spread
+    const int64_t first = rank[0], third = rank[2], last = ranks == 4 ? rank[3] : third;
+    if (ranks >= 3) {
+      const LogitsRatio<T> ratio(rise, sample.logit(first) - (sample.logit(third) + sample.logit(last)) * T(0.5));
+      loss = ratio.value();
+      up = ratio.grad_rise();
+      down = ratio.grad_spread();
     }
-    const int32_t first = rank[0], third = rank[2], last = rank[kRanks - 1];
-    const LogitsRatio<T> ratio(rise, sample.logit(first) - (sample.logit(third) + sample.logit(last)) * T(0.5));
-    sample.loss(ratio.value());
+    sample.loss(valid ? loss : T(NAN));
+    up = valid ? up : T(NAN);
     sample.grad(row, [&](int s) {
       const auto is = [&](int64_t k) { return T(row.index(s) == k); };
-      return (is(rival) - is(y)) * ratio.grad_rise() + (is(first) - (is(third) + is(last)) * T(0.5)) * ratio.grad_spread();
+      return (is(rival) - is(y.index)) * up + (is(first) - (is(third) + is(last)) * T(0.5)) * down;
     });
   }
 };
 
 struct KlLoss {
   template <class Sample>
-  static __device__ void compute(const Sample& sample) {
+  __device__ void operator()(const Sample& sample) const {
     using T = typename Sample::T;
     auto q = sample.row(sample.args.logits), p = sample.row(sample.args.logits_ref);
     const Softmax<T> of_q = q.softmax(), of_p = p.softmax();
@@ -314,7 +304,7 @@ __device__ SeSums<T> operator+(const SeSums<T>& a, const SeSums<T>& b) {
 
 struct SeLoss {
   template <class Sample>
-  static __device__ void compute(const Sample& sample) {
+  __device__ void operator()(const Sample& sample) const {
     using T = typename Sample::T;
     auto q = sample.row(sample.args.logits), p = sample.row(sample.args.logits_ref);
     const Softmax<T> of_q = q.softmax(), of_p = p.softmax();
@@ -333,11 +323,13 @@ struct SeLoss {
 
 // ------------------------------------------------------------------------------------------------------------ launches
 
-template <class Loss, class T, int kSlots>
-__global__ void __launch_bounds__(kMaxThreads, 1) loss_kernel(LossArgs args, int lanes, bool vectorised) {
+// 64 registers a thread, for twice the warps; fp64 would spill.
+template <class T, int kSlots, class Loss>
+__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
+    loss_kernel(Loss loss, LossArgs args, int lanes, bool vectorised) {
   const Group group(lanes);
   for (int64_t i = group.first_row(); i < args.rows; i += group.row_stride())
-    Loss::compute(Sample<T, kSlots>{args, group, vectorised, i});
+    loss(Sample<T, kSlots>{args, group, vectorised, i});
 }
 
 // Are rows whole vectors, and where vectors should be?
@@ -348,23 +340,28 @@ bool vectorisable(const LossArgs& args) {
 }
 
 template <class Loss>
-void run(const char* name, const LossArgs& args, void* stream) {
+void run(const char* name, const Loss& loss, const LossArgs& args, void* stream) {
   if (args.rows == 0) return;
   const bool wide = args.dtype == DType::f64;
   const RowLaunch plan = row_launch(args.rows, args.classes, wide);
-  const auto kernel = wide ? loss_kernel<Loss, double, 0>
-                      : plan.items == 0 ? loss_kernel<Loss, float, 0> : loss_kernel<Loss, float, kRowItems>;
-  launch(name, plan.launch, stream, kernel, args, plan.lanes, vectorisable(args));
+  const auto kernel = wide ? loss_kernel<double, 0, Loss>
+                      : plan.items == 0 ? loss_kernel<float, 0, Loss> : loss_kernel<float, kRowItems, Loss>;
+  launch(name, plan.launch, stream, kernel, loss, args, plan.lanes, vectorisable(args));
 }
 
 }  // namespace
 
-void ce_cuda(const LossArgs& args, void* stream) { run<CeLoss>("ce", args, stream); }
-void log_odds_cuda(const LossArgs& args, void* stream) { run<LogOddsLoss>("log_odds", args, stream); }
-void margin_cuda(const LossArgs& args, void* stream) { run<MarginLoss>("margin", args, stream); }
-void dlr_cuda(const LossArgs& args, void* stream) { run<DlrLoss<false>>("dlr", args, stream); }
-void dlr_targeted_cuda(const LossArgs& args, void* stream) { run<DlrLoss<true>>("dlr_targeted", args, stream); }
-void kl_cuda(const LossArgs& args, void* stream) { run<KlLoss>("kl", args, stream); }
-void se_cuda(const LossArgs& args, void* stream) { run<SeLoss>("se", args, stream); }
+void ce_cuda(const LossArgs& args, void* stream) {
+  args.labels ? run("ce", LabelLoss{false}, args, stream) : run("ce", SoftLabelLoss{}, args, stream);
+}
+void log_odds_cuda(const LossArgs& args, void* stream) { run("log_odds", LabelLoss{true}, args, stream); }
+void margin_cuda(const LossArgs& args, void* stream) { run("margin", RatioLoss{1}, args, stream); }
+// With fewer classes than ranks the ratio's denominator does not exist; the rise alone is the loss.
+void dlr_cuda(const LossArgs& args, void* stream) { run("dlr", RatioLoss{args.classes < 3 ? 1 : 3}, args, stream); }
+void dlr_targeted_cuda(const LossArgs& args, void* stream) {
+  run("dlr_targeted", RatioLoss{args.classes < 4 ? 0 : 4}, args, stream);
+}
+void kl_cuda(const LossArgs& args, void* stream) { run("kl", KlLoss{}, args, stream); }
+void se_cuda(const LossArgs& args, void* stream) { run("se", SeLoss{}, args, stream); }
 
 }  // namespace fastadv

@@ -128,18 +128,25 @@ struct LinfStep {
   }
 };
 
+// <d,d>, <d,g>, <g,g> of a step from d along g. In double: squares of small fp32 gradients would underflow to 0.
+struct L2Sums {
+  double dd, dg, gg;
+};
+
+FASTADV_FN L2Sums operator+(const L2Sums& a, const L2Sums& b) { return {a.dd + b.dd, a.dg + b.dg, a.gg + b.gg}; }
+
 // adv <- clamp_[lo,hi]( x + s (d + a g/|g|) ), d = adv - x, s = min(1, eps / |d + a g/|g||): one sample's step in the
 // l2 ball. |d + a g/|g||^2 = |d|^2 + 2a<d,g>/|g| + a^2, so three sums over the sample fix both coefficients.
 template <class T>
 struct L2Step {
   T keep, move, unit, lo, hi;  // coefficients of d and of g * unit; unit is the power of two that keeps `move` a normal float
 
-  static FASTADV_FN L2Step from_sums(double dd, double dg, double gg, double alpha, double eps, T lo, T hi) {
-    const double g_norm = ::sqrt(gg);
+  static FASTADV_FN L2Step from_sums(const L2Sums& sums, double alpha, double eps, T lo, T hi) {
+    const double g_norm = ::sqrt(sums.gg);
     const bool moves = g_norm > 0.0 && g_norm < HUGE_VAL;  // a zero or NaN gradient moves nothing
     const double a = moves ? alpha : 0.0;
-    const double cross = moves ? dg / g_norm : 0.0;
-    const double norm = ::sqrt(larger(dd + 2.0 * a * cross + a * a, 0.0));
+    const double cross = moves ? sums.dg / g_norm : 0.0;
+    const double norm = ::sqrt(larger(sums.dd + 2.0 * a * cross + a * a, 0.0));
     const double shrink = norm > eps ? eps / norm : 1.0;
     const double far = 18446744073709551616.0;  // 2^64
     const double unit = g_norm * far < 1.0 ? far : g_norm > far ? 1.0 / far : 1.0;
@@ -152,19 +159,18 @@ struct L2Step {
 };
 
 // Adversarial weight perturbation (AWP): the l2 step of a tensor w about its origin o, all lengths relative to |o|. The sums
-// are |o|^2 and, with d = w - o, <d,d>, <d,g>, <g,g>.
+// are |o|^2 and those of the step, d = w - o.
 struct WeightSums {
-  double oo, dd, dg, gg;
+  double oo;
+  L2Sums step;
 };
 
-FASTADV_FN WeightSums operator+(const WeightSums& a, const WeightSums& b) {
-  return {a.oo + b.oo, a.dd + b.dd, a.dg + b.dg, a.gg + b.gg};
-}
+FASTADV_FN WeightSums operator+(const WeightSums& a, const WeightSums& b) { return {a.oo + b.oo, a.step + b.step}; }
 
 template <class T>
 FASTADV_FN L2Step<T> weight_step(const WeightSums& sums, double gamma, double alpha) {
   const double length = ::sqrt(sums.oo);
-  return L2Step<T>::from_sums(sums.dd, sums.dg, sums.gg, alpha * length, gamma * length, T(-HUGE_VAL), T(HUGE_VAL));
+  return L2Step<T>::from_sums(sums.step, alpha * length, gamma * length, T(-HUGE_VAL), T(HUGE_VAL));
 }
 
 // The sparse l1 step before its projection: u = adv - x + step * sign(g) where pull >= threshold. The pull is |g|, and 0

@@ -20,91 +20,65 @@ namespace {
 template <class S>
 constexpr int kWidth = 16 / sizeof(S);  // elements in 16 bytes
 
-// kWidth neighbours of adv, grad and x.
-template <class S, class G>
+// kWidth neighbours of adv, grad and x. Where there is no element, zeros: they change no sum.
+template <class S>
 struct Item {
   Pack<S, kWidth<S>> adv, x;
-  Pack<G, kWidth<S>> grad;
-
-  // Where there is no element, zeros: they change no sum.
-  __device__ Item() { memset(this, 0, sizeof(*this)); }
+  Pack<arithmetic_t<S>, kWidth<S>> grad;
 
   template <class F>
   __device__ Pack<S, kWidth<S>> apply(const F& f) const {
     Pack<S, kWidth<S>> out;
 #pragma unroll
-    for (int k = 0; k < kWidth<S>; ++k) store(out.v[k], f(load(adv.v[k]), load(grad.v[k]), load(x.v[k])));
+    for (int k = 0; k < kWidth<S>; ++k) store(out.v[k], f(load(adv.v[k]), grad.v[k], load(x.v[k])));
     return out;
   }
 };
 
 // A row as items, read and written 16 bytes at once; element by element where memory is not aligned, and at the row's end.
-template <class S, class G>
+// Kernels are compiled for each type of image; the type of its gradient is known when they run.
+template <class S>
 struct Items {
-  S* out;
-  const S *adv, *x;
-  const G* grad;
-  int64_t size;
+  const StepArgs& args;
+  int64_t offset, size;
   bool vectorised;
 
-  __device__ Items(const StepArgs& args, int64_t offset, int64_t size, bool vectorised)
-      : out(static_cast<S*>(args.out) + offset),
-        adv(static_cast<const S*>(args.adv) + offset),
-        x(static_cast<const S*>(args.x) + offset),
-        grad(static_cast<const G*>(args.grad) + offset),
-        size(size),
-        vectorised(vectorised) {}
-
   __device__ int64_t count() const { return ceil_div(size, kWidth<S>); }
-  __device__ bool at_once(int64_t first) const { return vectorised && first + kWidth<S> <= size; }
+  __device__ bool at_once(int64_t i) const { return vectorised && (i + 1) * kWidth<S> <= size; }
+  __device__ int left(int64_t i) const { return int(least(size - i * kWidth<S>, kWidth<S>)); }
 
-  __device__ Item<S, G> read(int64_t i) const {
-    const int64_t first = i * kWidth<S>;
-    Item<S, G> item;
-    if (at_once(first)) {
-      item.adv = *reinterpret_cast<const Pack<S, kWidth<S>>*>(adv + first);
-      item.grad = *reinterpret_cast<const Pack<G, kWidth<S>>*>(grad + first);
-      item.x = *reinterpret_cast<const Pack<S, kWidth<S>>*>(x + first);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kWidth<S>; ++k) {
-        if (first + k >= size) continue;
-        item.adv.v[k] = adv[first + k];
-        item.grad.v[k] = grad[first + k];
-        item.x.v[k] = x[first + k];
-      }
-    }
+  __device__ Item<S> read(int64_t i) const {
+    const int64_t at = offset + i * kWidth<S>;
+    Item<S> item{};
+    const Memory<arithmetic_t<S>> grad{const_cast<void*>(args.grad), args.grad_dtype};
+    fastadv::read(static_cast<const S*>(args.adv) + at, at_once(i), left(i), item.adv);
+    fastadv::read(static_cast<const S*>(args.x) + at, at_once(i), left(i), item.x);
+    item.grad = grad.template get<kWidth<S>>(at, at_once(i), left(i));  // last: converting a half format waits for it
     return item;
   }
 
   __device__ void write(int64_t i, const Pack<S, kWidth<S>>& item) const {
-    const int64_t first = i * kWidth<S>;
-    if (at_once(first)) {
-      *reinterpret_cast<Pack<S, kWidth<S>>*>(out + first) = item;
-    } else {
-#pragma unroll
-      for (int k = 0; k < kWidth<S>; ++k)
-        if (first + k < size) out[first + k] = item.v[k];
-    }
+    fastadv::write(static_cast<S*>(args.out) + offset + i * kWidth<S>, at_once(i), left(i), item);
   }
 };
 
 // Are rows of this size where 16-byte loads should be?
-template <class S, class G>
+template <class S>
 bool vectorisable(const StepArgs& args, int64_t rows, int64_t row_size) {
+  const size_t of_grad = kWidth<S> * (args.grad_dtype == DType::f64 ? 8 : args.grad_dtype == DType::f32 ? 4 : 2);
   return (rows == 1 || row_size % kWidth<S> == 0) && aligned(args.out, 16) && aligned(args.adv, 16) && aligned(args.x, 16) &&
-         aligned(args.grad, alignof(Pack<G, kWidth<S>>));
+         aligned(args.grad, of_grad < 16 ? of_grad : 16);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- linf
 
-template <class S, class G>
+template <class S>
 __global__ void __launch_bounds__(kStreamThreads) linf_step_kernel(StepArgs args, int64_t rows, int64_t row_size, bool vectorised) {
   using T = arithmetic_t<S>;
   const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
     const LinfStep<T> step{T(args.alpha_of(row)), T(args.eps_of(row)), T(args.lo), T(args.hi)};
-    const Items<S, G> items(args, row * row_size, row_size, vectorised);
+    const Items<S> items{args, row * row_size, row_size, vectorised};
     for (int64_t i = first; i < items.count(); i += stride) items.write(i, items.read(i).apply(step));
   }
 }
@@ -137,37 +111,24 @@ __global__ void __launch_bounds__(kStreamThreads) linf_start_kernel(StartArgs ar
 
 // ------------------------------------------------------------------------------------------------------------------ l2
 
-// <d,d>, <d,g>, <g,g>, d = adv - x. In double, as on the CPU: squares of small fp32 gradients would underflow to 0.
-struct L2Sums {
-  double dd, dg, gg;
-
-  template <class S, class G>
-  __device__ void add(const Item<S, G>& item) {
+template <class S>
+__device__ L2Sums operator+(L2Sums sums, const Item<S>& item) {
 #pragma unroll
-    for (int k = 0; k < kWidth<S>; ++k) {
-      const double d = double(load(item.adv.v[k])) - double(load(item.x.v[k])), g = double(load(item.grad.v[k]));
-      dd += d * d;
-      dg += d * g;
-      gg += g * g;
-    }
+  for (int k = 0; k < kWidth<S>; ++k) {
+    const double d = double(load(item.adv.v[k])) - double(load(item.x.v[k])), g = double(item.grad.v[k]);
+    sums = sums + L2Sums{d * d, d * g, g * g};
   }
-};
-
-__device__ inline L2Sums operator+(const L2Sums& a, const L2Sums& b) { return {a.dd + b.dd, a.dg + b.dg, a.gg + b.gg}; }
+  return sums;
+}
 
 // The sum over the blocks of a cluster, in the order of their ranks.
 __device__ inline L2Sums cluster_sum(const L2Sums& mine, int cluster) {
   if (cluster == 1) return mine;
-  __shared__ double shown[3];
-  if (threadIdx.x == 0) {
-    shown[0] = mine.dd;
-    shown[1] = mine.dg;
-    shown[2] = mine.gg;
-  }
+  __shared__ L2Sums shown;
+  if (threadIdx.x == 0) shown = mine;
   cluster_barrier();
-  L2Sums sum{0.0, 0.0, 0.0};
-  for (int rank = 0; rank < cluster; ++rank)
-    sum = sum + L2Sums{cluster_read(shown, rank), cluster_read(shown + 1, rank), cluster_read(shown + 2, rank)};
+  L2Sums sum{};
+  for (int rank = 0; rank < cluster; ++rank) sum = sum + cluster_read(&shown, rank);
   cluster_barrier();  // nobody overwrites its sums, or ends, while others read them
   return sum;
 }
@@ -175,78 +136,72 @@ __device__ inline L2Sums cluster_sum(const L2Sums& mine, int cluster) {
 template <class S>
 __device__ L2Step<arithmetic_t<S>> l2_step_of(const StepArgs& args, int64_t sample, const L2Sums& sums) {
   using T = arithmetic_t<S>;
-  return L2Step<T>::from_sums(sums.dd, sums.dg, sums.gg, args.alpha_of(sample), args.eps_of(sample), T(args.lo), T(args.hi));
+  return L2Step<T>::from_sums(sums, args.alpha_of(sample), args.eps_of(sample), T(args.lo), T(args.hi));
 }
 
 // One cluster a sample; a block keeps its share of adv, grad and x in shared memory. Each thread reads back only what it
 // wrote there itself, so that needs no barrier.
-template <class S, class G>
+template <class S>
 __global__ void __launch_bounds__(kMaxThreads, 1) l2_on_chip_kernel(StepArgs args, int cluster, bool vectorised) {
   const auto [begin, end] = share_of(cluster_rank(), cluster, ceil_div(args.size, kWidth<S>));
-  auto* kept = dynamic_shared<Item<S, G>>();
+  auto* kept = dynamic_shared<Item<S>>();
   for (int64_t sample = blockIdx.x / cluster; sample < args.samples; sample += gridDim.x / cluster) {
-    const Items<S, G> items(args, sample * args.size, args.size, vectorised);
-    L2Sums sums{0.0, 0.0, 0.0};
+    const Items<S> items{args, sample * args.size, args.size, vectorised};
+    L2Sums sums{};
 #pragma unroll 2
     for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-      const Item<S, G> item = items.read(i);
+      const Item<S> item = items.read(i);
       kept[i - begin] = item;
-      sums.add(item);
+      sums = sums + item;
     }
     const auto step = l2_step_of<S>(args, sample, cluster_sum(Group(0).reduce(sums, Plus()), cluster));
     for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) items.write(i, kept[i - begin].apply(step));
   }
 }
 
-// Samples too large for that: gridDim.x blocks sum a sample into args.workspace [samples, chunks, 3] ...
-template <class S, class G>
+// Samples too large for that: gridDim.x blocks sum a sample into args.workspace [samples, chunks] ...
+template <class S>
 __global__ void __launch_bounds__(kStreamThreads, 1) l2_sums_kernel(StepArgs args, bool vectorised) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
-    const Items<S, G> items(args, sample * args.size, args.size, vectorised);
-    L2Sums sums{0.0, 0.0, 0.0};
+    const Items<S> items{args, sample * args.size, args.size, vectorised};
+    L2Sums sums{};
 #pragma unroll 2
-    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < items.count(); i += stride) sums.add(items.read(i));
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < items.count(); i += stride)
+      sums = sums + items.read(i);
     sums = Group(0).reduce(sums, Plus());
-    double* partial = args.workspace + 3 * (sample * gridDim.x + blockIdx.x);
-    if (threadIdx.x == 0) {
-      partial[0] = sums.dd;
-      partial[1] = sums.dg;
-      partial[2] = sums.gg;
-    }
+    if (threadIdx.x == 0) args.workspace[sample * gridDim.x + blockIdx.x] = sums;
   }
 }
 
 // ... and every block of the second pass adds them up for itself, in one order, before it moves its elements.
-template <class S, class G>
+template <class S>
 __global__ void __launch_bounds__(kStreamThreads, 1) l2_apply_kernel(StepArgs args, int chunks, bool vectorised) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
-    const double* partial = args.workspace + 3 * sample * chunks;
-    L2Sums sums{0.0, 0.0, 0.0};
-    for (int c = threadIdx.x; c < chunks; c += blockDim.x)
-      sums = sums + L2Sums{partial[3 * c], partial[3 * c + 1], partial[3 * c + 2]};
+    L2Sums sums{};
+    for (int c = threadIdx.x; c < chunks; c += blockDim.x) sums = sums + args.workspace[sample * chunks + c];
     const auto step = l2_step_of<S>(args, sample, Group(0).reduce(sums, Plus()));
-    const Items<S, G> items(args, sample * args.size, args.size, vectorised);
+    const Items<S> items{args, sample * args.size, args.size, vectorised};
     for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < items.count(); i += stride)
       items.write(i, items.read(i).apply(step));
   }
 }
 
-template <class S, class G>
+template <class S>
 Launch l2_on_chip_launch(int64_t samples, int64_t size) {
-  return l2_launch(current_device(), samples, ceil_div(size, kWidth<S>), sizeof(Item<S, G>));
+  return l2_launch(current_device(), samples, ceil_div(size, kWidth<S>), sizeof(Item<S>));
 }
 
-template <class S, class G>
+template <class S>
 void launch_l2(const StepArgs& args, void* stream) {
-  const bool vectorised = vectorisable<S, G>(args, args.samples, args.size);
-  if (const Launch plan = l2_on_chip_launch<S, G>(args.samples, args.size); plan.threads)
-    return launch("l2_step", plan, stream, l2_on_chip_kernel<S, G>, args, plan.cluster, vectorised);
+  const bool vectorised = vectorisable<S>(args, args.samples, args.size);
+  if (const Launch plan = l2_on_chip_launch<S>(args.samples, args.size); plan.threads)
+    return launch("l2_step", plan, stream, l2_on_chip_kernel<S>, args, plan.cluster, vectorised);
   const int64_t items = ceil_div(args.size, kWidth<S>);
   const Launch sums = l2_sums_launch(args.samples, items);
-  launch("l2_step", sums, stream, l2_sums_kernel<S, G>, args, vectorised);
-  launch("l2_step", l2_apply_launch(args.samples, items), stream, l2_apply_kernel<S, G>, args, int(sums.blocks), vectorised);
+  launch("l2_step", sums, stream, l2_sums_kernel<S>, args, vectorised);
+  launch("l2_step", l2_apply_launch(args.samples, items), stream, l2_apply_kernel<S>, args, int(sums.blocks), vectorised);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ l1
@@ -343,11 +298,10 @@ void linf_step_cuda(const StepArgs& args, void* stream) {
   const int64_t rows = one_step_for_all ? 1 : args.samples;
   const int64_t row_size = one_step_for_all ? args.samples * args.size : args.size;
   if (rows == 0 || row_size == 0) return;
-  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) {
+  dispatch(args.dtype, [&](auto s) {
     using S = decltype(s);
-    using G = decltype(g);
-    launch("linf_step", stream_launch(rows, ceil_div(row_size, kWidth<S>)), stream, linf_step_kernel<S, G>, args, rows, row_size,
-           vectorisable<S, G>(args, rows, row_size));
+    launch("linf_step", stream_launch(rows, ceil_div(row_size, kWidth<S>)), stream, linf_step_kernel<S>, args, rows, row_size,
+           vectorisable<S>(args, rows, row_size));
   });
 }
 
@@ -364,13 +318,13 @@ void linf_start_cuda(const StartArgs& args, void* stream) {
 
 void l2_step_cuda(const StepArgs& args, void* stream) {
   if (args.samples == 0 || args.size == 0) return;
-  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) { launch_l2<decltype(s), decltype(g)>(args, stream); });
+  dispatch(args.dtype, [&](auto s) { launch_l2<decltype(s)>(args, stream); });
 }
 
-int64_t l2_workspace_cuda(int64_t samples, int64_t size, DType dtype, DType grad_dtype) {
+int64_t l2_workspace_cuda(int64_t samples, int64_t size, DType dtype) {
   bool fits = true;
-  dispatch(dtype, grad_dtype, [&](auto s, auto g) { fits = l2_on_chip_launch<decltype(s), decltype(g)>(samples, size).threads; });
-  return fits ? 0 : 3 * kL2Chunks * samples;
+  dispatch(dtype, [&](auto s) { fits = l2_on_chip_launch<decltype(s)>(samples, size).threads; });
+  return fits ? 0 : int64_t(sizeof(L2Sums)) * kL2Chunks * samples;
 }
 
 void l1_step_cuda(const StepArgs& args, void* stream) {

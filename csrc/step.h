@@ -16,7 +16,7 @@ struct StepArgs {
   const double* alphas;  // [samples] or null: replaces alpha sample by sample
   const double* radii;   // [samples] or null: replaces eps sample by sample
   double fraction;       // l1 only: of each sample's coordinates, those with the largest gradient, at least one, are moved
-  double* workspace;     // l2 on CUDA only: what l2_workspace_cuda asks for
+  L2Sums* workspace;     // l2 on CUDA only: what l2_workspace_cuda asks for
 
   FASTADV_FN double alpha_of(int64_t sample) const { return alphas ? alphas[sample] : alpha; }
   FASTADV_FN double eps_of(int64_t sample) const { return radii ? radii[sample] : eps; }
@@ -44,7 +44,7 @@ void l2_step_cuda(const StepArgs& args, void* stream);
 void l1_step_cuda(const StepArgs& args, void* stream);
 void linf_start_cuda(const StartArgs& args, void* stream);
 
-// Doubles that l2_step_cuda needs in args.workspace on the current device: none where samples fit on chip.
-int64_t l2_workspace_cuda(int64_t samples, int64_t size, DType dtype, DType grad_dtype);
+// Bytes that l2_step_cuda needs in args.workspace on the current device: none where samples fit on chip.
+int64_t l2_workspace_cuda(int64_t samples, int64_t size, DType dtype);
 
 }  // namespace fastadv

@@ -68,11 +68,6 @@ FASTADV_MULTIVERSION void start(const StartArgs& args, int64_t sample, int64_t b
   }
 }
 
-struct L2Sums {
-  double dd = 0, dg = 0, gg = 0;
-};
-
-// <d,d>, <d,g>, <g,g> of one sample. In double: squares of small fp32 gradients would underflow to 0 and freeze the sample.
 template <class S, class G>
 FASTADV_MULTIVERSION void l2_sums(Piece<S, G> p, L2Sums& sums) {
   double dd = 0, dg = 0, gg = 0;
@@ -179,8 +174,7 @@ void l2_step_cpu(const StepArgs& args, int threads) {
         const Piece<S, decltype(g)> piece(args, i * args.size, args.size);
         L2Sums sums;
         l2_sums(piece, sums);
-        apply(piece, L2Step<T>::from_sums(sums.dd, sums.dg, sums.gg, args.alpha_of(i), args.eps_of(i), T(args.lo),
-                                          T(args.hi)));
+        apply(piece, L2Step<T>::from_sums(sums, args.alpha_of(i), args.eps_of(i), T(args.lo), T(args.hi)));
       }
     });
   });

@@ -106,14 +106,14 @@ def _step(
     alpha, alphas = float64_per_sample(alpha, adv)
     eps, radii = float64_per_sample(eps, adv)
     samples = adv.shape[0]
-    sizes = samples, adv.numel() // samples if samples else 0, _DTYPES[adv.dtype], _DTYPES[grad.dtype]
+    sizes = samples, adv.numel() // samples if samples else 0, _DTYPES[adv.dtype]
     workspace = None
     if name == "l2_step" and _on_gpu(adv):
         with device_of(adv):
-            doubles = _C.l2_workspace_cuda(*sizes)
-        workspace = torch.empty(doubles, dtype=torch.float64, device=adv.device) if doubles else None
+            size = _C.l2_workspace_cuda(*sizes)
+        workspace = torch.empty(size, dtype=torch.uint8, device=adv.device) if size else None
     _launch(
-        name, adv, target.data_ptr(), adv.data_ptr(), grad.data_ptr(), x.data_ptr(), *sizes,
+        name, adv, target.data_ptr(), adv.data_ptr(), grad.data_ptr(), x.data_ptr(), *sizes, _DTYPES[grad.dtype],
         alpha, eps, lo, hi, _address(alphas), _address(radii), fraction, _address(workspace),
     )  # fmt: skip
     if target is not out:
