@@ -126,8 +126,8 @@ __device__ T shuffle_xor(unsigned mask, T v, int offset) {
   return v;
 }
 
-// The threads that share a row: `lanes` neighbours in a warp (a power of two), or a whole block. Every thread gets the result of
-// a reduction: the butterfly and the loop add the same numbers in the same order for all, so all have the same bits.
+// The threads that share a row: `lanes` neighbours in a warp (a power of two), or a whole block. Every thread gets the result
+// of a reduction: the butterfly and the loop add the same numbers in the same order for all, so all have the same bits.
 class Group {
  public:
   __device__ explicit Group(int lanes_or_0)  // 0: the block

@@ -23,8 +23,8 @@ struct Launch {
 };
 
 constexpr int kWarp = 32;
-// Of kernels that keep much in registers: up to 128 for each thread. Their __launch_bounds__ say how many blocks a multiprocessor
-// must hold; left to itself, ptxas takes fewer registers and spills.
+// Of kernels that keep much in registers: up to 128 for each thread. Their __launch_bounds__ say how many blocks a
+// multiprocessor must hold; left to itself, ptxas takes fewer registers and spills.
 constexpr int kMaxThreads = 512;
 constexpr int kStreamThreads = 256;
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // of grid.x
@@ -54,7 +54,8 @@ constexpr Launch l2_launch(const Device& device, int64_t samples, int64_t items,
     const int64_t share = ceil_div(items, cluster), bytes = share * item_bytes;
     if (bytes > device.shared - kDeclaredShared) continue;
     const int64_t threads = ceil_div(ceil_div(share, 4), kWarp) * kWarp;
-    chosen = {least(samples, kMaxBlocks / cluster) * cluster, 1, int(least(most(threads, 4 * kWarp), kMaxThreads)), bytes, cluster};
+    chosen = {least(samples, kMaxBlocks / cluster) * cluster, 1, int(least(most(threads, 4 * kWarp), kMaxThreads)), bytes,
+              cluster};
     if (share <= kStreamThreads || (bytes <= kRoomy && samples * cluster >= device.sms)) break;
   }
   return chosen;

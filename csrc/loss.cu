@@ -1,7 +1,7 @@
 // CUDA kernels of the loss family: read the logits once, write their gradient once, 8 bytes per fp32 logit.
 //
-// A row belongs to a few threads of a warp, to a warp or to a block, by its length (csrc/launch.h): at 10 classes a warp handles
-// eight rows, from 257 on a block handles one. They hold the row in registers, eight logits each, through all its sums.
+// A row belongs to a few threads of a warp, to a warp or to a block, by its length (csrc/launch.h): at 10 classes a warp
+// handles eight rows, from 257 on a block handles one. They hold the row in registers, eight logits each, through all its sums.
 // A row too long for that (and fp64, which serves exact work and not speed) is streamed: read once for an online softmax and
 // once more, from L2 where that is large enough, for the gradient.
 //

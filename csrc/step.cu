@@ -73,7 +73,8 @@ bool vectorisable(const StepArgs& args, int64_t rows, int64_t row_size) {
 // ---------------------------------------------------------------------------------------------------------------- linf
 
 template <class S>
-__global__ void __launch_bounds__(kStreamThreads) linf_step_kernel(StepArgs args, int64_t rows, int64_t row_size, bool vectorised) {
+__global__ void __launch_bounds__(kStreamThreads)
+    linf_step_kernel(StepArgs args, int64_t rows, int64_t row_size, bool vectorised) {
   using T = arithmetic_t<S>;
   const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {

@@ -199,6 +199,24 @@ def ratio_kernel(
 # p: softmax of the reference's logits, q: of the logits.
 
 
+@triton.jit
+def softmax_rows(p_z, p_z_ref, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    top_q, total_q = softmax_row(p_z, -1, CLASSES, ROWS, BLOCK, ACC)
+    top_p, total_p = softmax_row(p_z_ref, -1, CLASSES, ROWS, BLOCK, ACC)
+    return top_q, total_q, top_p, total_p
+
+
+@triton.jit
+def load_pair(
+    p_z, p_z_ref, top_q, total_q, top_p, total_p, i_chunk, CLASSES: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Class indices of a chunk, its q and p, and the logits less their largest that these come from."""
+    o, b_z = load_chunk(p_z, i_chunk, float("-inf"), CLASSES, BLOCK, ACC)
+    o, b_z_ref = load_chunk(p_z_ref, i_chunk, float("-inf"), CLASSES, BLOCK, ACC)
+    b_z, b_z_ref = b_z - top_q, b_z_ref - top_p
+    return o, tl.exp(b_z) / total_q, tl.exp(b_z_ref) / total_p, b_z, b_z_ref
+
+
 @triton.jit(do_not_specialize=["rows"])
 def kl_kernel(
     p_loss, p_grad, p_grad_ref, p_z, p_z_ref, rows,
@@ -207,27 +225,20 @@ def kl_kernel(
     """KL = <p, log p - log q>, gradients q - p and, where wanted, p ((log p - log q) - KL). Where p is 0 the terms are 0."""
     i_row = program_rows(rows, ROWS)
     p_z, p_z_ref, p_grad = p_z + i_row * CLASSES, p_z_ref + i_row * CLASSES, p_grad + i_row * CLASSES
-    top_q, total_q = softmax_row(p_z, -1, CLASSES, ROWS, BLOCK, ACC)
-    top_p, total_p = softmax_row(p_z_ref, -1, CLASSES, ROWS, BLOCK, ACC)
+    top_q, total_q, top_p, total_p = softmax_rows(p_z, p_z_ref, CLASSES, ROWS, BLOCK, ACC)
     log_sums = tl.log(total_p) - tl.log(total_q)
     kl = tl.zeros([ROWS, 1], ACC)
     for i_chunk in range(tl.cdiv(CLASSES, BLOCK)):
-        o, b_q = load_chunk(p_z, i_chunk, float("-inf"), CLASSES, BLOCK, ACC)
-        o, b_p = load_chunk(p_z_ref, i_chunk, float("-inf"), CLASSES, BLOCK, ACC)
-        b_ratio = (b_p - top_p) - (b_q - top_q) - log_sums
-        b_p = tl.exp(b_p - top_p) / total_p
-        kl += sum_row(tl.where(b_p > 0, b_p * b_ratio, 0.0))
+        o, b_q, b_p, b_z, b_z_ref = load_pair(p_z, p_z_ref, top_q, total_q, top_p, total_p, i_chunk, CLASSES, BLOCK, ACC)
+        kl += sum_row(tl.where(b_p > 0, b_p * (b_z_ref - b_z - log_sums), 0.0))
         if p_grad_ref is None:
-            store_chunk(p_grad, o, tl.exp(b_q - top_q) / total_q - b_p, CLASSES)
+            store_chunk(p_grad, o, b_q - b_p, CLASSES)
     if p_grad_ref is not None:
         p_grad_ref += i_row * CLASSES
         for i_chunk in range(tl.cdiv(CLASSES, BLOCK)):
-            o, b_q = load_chunk(p_z, i_chunk, float("-inf"), CLASSES, BLOCK, ACC)
-            o, b_p = load_chunk(p_z_ref, i_chunk, float("-inf"), CLASSES, BLOCK, ACC)
-            b_ratio = (b_p - top_p) - (b_q - top_q) - log_sums
-            b_p = tl.exp(b_p - top_p) / total_p
-            store_chunk(p_grad, o, tl.exp(b_q - top_q) / total_q - b_p, CLASSES)
-            store_chunk(p_grad_ref, o, tl.where(b_p > 0, b_p * (b_ratio - kl), 0.0), CLASSES)
+            o, b_q, b_p, b_z, b_z_ref = load_pair(p_z, p_z_ref, top_q, total_q, top_p, total_p, i_chunk, CLASSES, BLOCK, ACC)
+            store_chunk(p_grad, o, b_q - b_p, CLASSES)
+            store_chunk(p_grad_ref, o, tl.where(b_p > 0, b_p * (b_z_ref - b_z - log_sums - kl), 0.0), CLASSES)
     tl.store(p_loss + i_row, kl)
 
 
@@ -239,19 +250,14 @@ def se_kernel(
     """|a|^2 with a = q - p, gradients 2q (a - <q,a>) and, where wanted, -2p (a - <p,a>)."""
     i_row = program_rows(rows, ROWS)
     p_z, p_z_ref, p_grad = p_z + i_row * CLASSES, p_z_ref + i_row * CLASSES, p_grad + i_row * CLASSES
-    top_q, total_q = softmax_row(p_z, -1, CLASSES, ROWS, BLOCK, ACC)
-    top_p, total_p = softmax_row(p_z_ref, -1, CLASSES, ROWS, BLOCK, ACC)
+    top_q, total_q, top_p, total_p = softmax_rows(p_z, p_z_ref, CLASSES, ROWS, BLOCK, ACC)
     square, q_gap, p_gap = tl.zeros([ROWS, 1], ACC), tl.zeros([ROWS, 1], ACC), tl.zeros([ROWS, 1], ACC)
     for i_chunk in range(tl.cdiv(CLASSES, BLOCK)):
-        o, b_q = load_chunk(p_z, i_chunk, float("-inf"), CLASSES, BLOCK, ACC)
-        o, b_p = load_chunk(p_z_ref, i_chunk, float("-inf"), CLASSES, BLOCK, ACC)
-        b_q, b_p = tl.exp(b_q - top_q) / total_q, tl.exp(b_p - top_p) / total_p
+        _, b_q, b_p, _, _ = load_pair(p_z, p_z_ref, top_q, total_q, top_p, total_p, i_chunk, CLASSES, BLOCK, ACC)
         b_gap = b_q - b_p
         square, q_gap, p_gap = square + sum_row(b_gap * b_gap), q_gap + sum_row(b_q * b_gap), p_gap + sum_row(b_p * b_gap)
     for i_chunk in range(tl.cdiv(CLASSES, BLOCK)):
-        o, b_q = load_chunk(p_z, i_chunk, float("-inf"), CLASSES, BLOCK, ACC)
-        o, b_p = load_chunk(p_z_ref, i_chunk, float("-inf"), CLASSES, BLOCK, ACC)
-        b_q, b_p = tl.exp(b_q - top_q) / total_q, tl.exp(b_p - top_p) / total_p
+        o, b_q, b_p, _, _ = load_pair(p_z, p_z_ref, top_q, total_q, top_p, total_p, i_chunk, CLASSES, BLOCK, ACC)
         b_gap = b_q - b_p
         store_chunk(p_grad, o, 2 * b_q * (b_gap - q_gap), CLASSES)
         if p_grad_ref is not None:
