@@ -101,6 +101,8 @@ void def_launches(py::module_ m) {
   m.def("l2_apply", [](int64_t samples, int64_t items) { return as_tuple(l2_apply_launch(samples, items)); });
   m.def("l2_sums", [](int64_t samples, int64_t items) { return as_tuple(l2_sums_launch(samples, items)); });
   m.def("l1", [](int64_t samples, int64_t size) { return as_tuple(l1_launch(samples, size)); });
+  m.def("weight_blocks", weight_blocks);
+  m.attr("table_tensors") = kTableTensors;
   m.def("row", [](int64_t rows, int64_t classes, bool wide) {
     const RowLaunch plan = row_launch(rows, classes, wide);
     return py::make_tuple(as_tuple(plan.launch), plan.lanes, plan.items);
@@ -142,6 +144,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("l2_workspace_cuda", [](int64_t samples, int64_t size, int dtype) {
     return l2_workspace_cuda(samples, size, DType(dtype));
   });
+
+  def_weights<weight_sums_cuda>(m, "weight_sums_cuda");
+  def_weights<perturb_cuda>(m, "perturb_cuda");
 
   def_loss<ce_cuda>(m, "ce_cuda");
   def_loss<log_odds_cuda>(m, "log_odds_cuda");

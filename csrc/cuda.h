@@ -72,34 +72,59 @@ struct Memory {
     else static_cast<T*>(data)[at] = value;
   }
 
-  // Neighbours, as read() and write() move them; zeros for those that there are not.
+  // Neighbours, moved as by read() and write() above; zeros for those that there are not. Raw, they are as in memory, in `own`
+  // or in `half`: no load waits for an earlier one until that one's values are asked for.
   template <int kCount>
-  __device__ Pack<T, kCount> get(int64_t at, bool at_once, int count) const {
-    Pack<T, kCount> values{};
+  struct Raw {
+    Pack<T, kCount> own;
+    Pack<uint16_t, kCount> half;
+  };
+  template <int kCount>
+  __device__ Raw<kCount> raw(int64_t at, bool at_once, int count) const {
+    Raw<kCount> elements{};
+    if (half()) read(static_cast<const uint16_t*>(data) + at, at_once, count, elements.half);
+    else read(static_cast<const T*>(data) + at, at_once, count, elements.own);
+    return elements;
+  }
+  template <int kCount>
+  __device__ void set(int64_t at, bool at_once, int count, const Raw<kCount>& elements) const {
+    if (half()) write(static_cast<uint16_t*>(data) + at, at_once, count, elements.half);
+    else write(static_cast<T*>(data) + at, at_once, count, elements.own);
+  }
+  template <int kCount>
+  __device__ Pack<T, kCount> values(const Raw<kCount>& elements) const {
+    Pack<T, kCount> values = elements.own;
     if (half()) {
-      Pack<uint16_t, kCount> bits{};
-      read(static_cast<const uint16_t*>(data) + at, at_once, count, bits);
 #pragma unroll
-      for (int v = 0; v < kCount; ++v) values.v[v] = of_half(bits.v[v]);
-    } else {
-      read(static_cast<const T*>(data) + at, at_once, count, values);
+      for (int v = 0; v < kCount; ++v) values.v[v] = of_half(elements.half.v[v]);
     }
     return values;
   }
   template <int kCount>
+  __device__ Pack<T, kCount> get(int64_t at, bool at_once, int count) const {
+    return values(raw<kCount>(at, at_once, count));
+  }
+  template <int kCount>
   __device__ void set(int64_t at, bool at_once, int count, const Pack<T, kCount>& values) const {
+    Raw<kCount> elements{values, {}};
     if (half()) {
-      Pack<uint16_t, kCount> bits;
 #pragma unroll
-      for (int v = 0; v < kCount; ++v) bits.v[v] = to_half(values.v[v]);
-      write(static_cast<uint16_t*>(data) + at, at_once, count, bits);
-    } else {
-      write(static_cast<T*>(data) + at, at_once, count, values);
+      for (int v = 0; v < kCount; ++v) elements.half.v[v] = to_half(values.v[v]);
     }
+    set(at, at_once, count, elements);
   }
 };
 
-inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+constexpr int kVector = 4;  // neighbours of which 16 bytes move at once in fp32, 8 in a half format
+
+FASTADV_FN bool aligned(const void* pointer, size_t power_of_two) {
+  return (reinterpret_cast<uintptr_t>(pointer) & (power_of_two - 1)) == 0;
+}
+
+// May vectors of so many elements begin here?
+FASTADV_FN bool aligned(const void* pointer, DType dtype, int count) {
+  return aligned(pointer, size_t(least(count * size_of(dtype), 16)));
+}
 
 // A block's dynamic shared memory, 16-byte aligned.
 template <class T>

@@ -11,6 +11,8 @@ namespace fastadv {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
+FASTADV_FN constexpr int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 struct bf16 {
   uint16_t bits;
 };

@@ -79,6 +79,15 @@ constexpr Launch l2_sums_launch(int64_t samples, int64_t items) {
 // The second pass of an l2 step off chip: several items a thread, which first adds up its sample's partial sums.
 constexpr Launch l2_apply_launch(int64_t samples, int64_t items) { return stream_launch(samples, ceil_div(items, 8)); }
 
+// The weights family: of all blocks of a launch, a tensor has so many, each thread with eight items. In the first pass as many
+// as there are partial sums, at most: every block of the second adds them all up. A launch takes the tensors that fit its
+// arguments, which are 4 KB for drivers before CUDA 12.1.
+constexpr int kTableTensors = 88;
+constexpr int64_t kMaxTensorBlocks = kMaxBlocks / kTableTensors;
+constexpr int64_t weight_blocks(int64_t items, int64_t most_blocks) {
+  return least(most(ceil_div(items, 8 * kStreamThreads), 1), least(most_blocks, kMaxTensorBlocks));
+}
+
 // A row of logits: `lanes` threads of a warp, or one block (lanes == 0), hold it in registers, `items` logits a thread; or
 // (items == 0) a block streams it. Two lanes would do for 16 classes; four find work for twice the warps at small batches.
 struct RowLaunch {

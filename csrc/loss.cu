@@ -28,8 +28,6 @@ __device__ T minus_infinity() {
 
 // ------------------------------------------------------------------------------------------------------------ the rows
 
-constexpr int kVector = 4;  // neighbours that move at once: 16 bytes of fp32, 8 of a half format
-
 // A row in registers, kSlots logits a thread, in vectors of neighbours. The class `skip` reads as -inf.
 template <class T, int kSlots>
 struct Row {
@@ -334,9 +332,8 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
 
 // Are rows whole vectors, and where vectors should be?
 bool vectorisable(const LossArgs& args) {
-  const size_t bytes = kVector * (args.dtype == DType::f32 ? sizeof(float) : sizeof(f16));
-  return args.classes % kVector == 0 && aligned(args.logits, bytes) && aligned(args.logits_ref, bytes) &&
-         aligned(args.grad, bytes) && aligned(args.grad_ref, bytes);
+  const auto fits = [&](const void* data) { return aligned(data, args.dtype, kVector); };
+  return args.classes % kVector == 0 && fits(args.logits) && fits(args.logits_ref) && fits(args.grad) && fits(args.grad_ref);
 }
 
 template <class Loss>

@@ -65,9 +65,8 @@ struct Items {
 // Are rows of this size where 16-byte loads should be?
 template <class S>
 bool vectorisable(const StepArgs& args, int64_t rows, int64_t row_size) {
-  const size_t of_grad = kWidth<S> * (args.grad_dtype == DType::f64 ? 8 : args.grad_dtype == DType::f32 ? 4 : 2);
   return (rows == 1 || row_size % kWidth<S> == 0) && aligned(args.out, 16) && aligned(args.adv, 16) && aligned(args.x, 16) &&
-         aligned(args.grad, of_grad < 16 ? of_grad : 16);
+         aligned(args.grad, args.grad_dtype, kWidth<S>);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- linf

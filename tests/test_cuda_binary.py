@@ -24,7 +24,7 @@ STREAMING = [
     for kernel in ("linf_step", "l2_on_chip", "l2_sums", "l2_apply")
     for storage in ("f", "d", "NS_4bf16E", "NS_3f16E")
 ]
-STREAMING += ["linf_start_kernelIfE", *(f"loss_kernelIfLi8ENS0_{loss}EE" for loss in LOSSES)]
+STREAMING += ["linf_start_kernelIfE", "weight_sums_kernelE", "perturb_kernelE", *(f"loss_kernelIfLi8ENS0_{loss}EE" for loss in LOSSES)]
 
 
 def cuobjdump(*arguments: str) -> str:
@@ -55,11 +55,12 @@ def usage() -> dict[str, list[dict[str, int]]]:
 
 
 def kernels(names: Iterator[str]) -> set[str]:
-    return {match[1] for name in names if (match := re.search(r"(linf_step|linf_start|l2_[a-z_]+|l1_step|loss)_kernelI", name))}
+    pattern = r"(linf_step|linf_start|l2_[a-z_]+|l1_step|weight_sums|perturb|loss)_kernel[IE]"
+    return {match[1] for name in names if (match := re.search(pattern, name))}
 
 
 def test_every_kernel_is_there_for_every_architecture(sass, usage):
-    expected = {"linf_step", "linf_start", "l2_on_chip", "l2_sums", "l2_apply", "l1_step", "loss"}
+    expected = {"linf_step", "linf_start", "l2_on_chip", "l2_sums", "l2_apply", "l1_step", "weight_sums", "perturb", "loss"}
     for arch in native.BUILD_INFO["cuda_archs"].split():
         assert kernels(name for a, name in sass if a == arch) == expected, arch
     for loss in LOSSES:
@@ -88,5 +89,5 @@ def test_streams_move_16_bytes_at_once(sass, kernel):
     assert set(found) == set(native.BUILD_INFO["cuda_archs"].split())
     for arch, code in found.items():
         assert "LDG.E.128" in code or "LDG.E.ENL2.128" in code, arch
-        if "sums" not in kernel:
+        if "l2_sums" not in kernel:
             assert "STG.E.128" in code, arch

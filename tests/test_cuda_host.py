@@ -170,7 +170,7 @@ def module(tmp_path_factory) -> Path:
 
 
 # The files of the shared table; of test_native.py, what a kernel computes and where it writes.
-TABLE = ["test_steps.py", "test_losses.py", "test_native.py", "-k", "not test_native.py or outside or half"]
+TABLE = ["test_steps.py", "test_losses.py", "test_weights.py", "test_native.py", "-k", "not test_native.py or outside or half"]
 RUNS = {
     "cuda, forward": ("cuda", "forward", *TABLE, "cuda_host/cases.py"),
     "cuda, reverse": ("cuda", "reverse", *TABLE, "cuda_host/cases.py"),

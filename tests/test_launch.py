@@ -72,6 +72,16 @@ def test_l2_on_chip_is_chosen_where_it_was_meant():
     assert launches.l2(*a100, 128, *imagenet)[2] == 0
 
 
+@pytest.mark.parametrize("size", [0, *SIZES])
+def test_every_tensor_of_weights_has_blocks_and_none_without_work(size):
+    items = -(-size // 4)
+    for most_blocks in (1, 2, 256, 2**31):
+        blocks = launches.weight_blocks(items, most_blocks)
+        assert 1 <= blocks <= most_blocks
+        assert blocks == 1 or (blocks - 1) * 2048 < items  # a block's threads have eight items each
+        assert blocks * launches.table_tensors < 2**31  # of a launch
+
+
 @pytest.mark.parametrize("classes", [2, 10, 32, 33, 256, 257, 1000, 4096, 4097, 21_841, 10**6])
 @pytest.mark.parametrize("rows", [1, 7, 128, 8192, 2**33])
 @pytest.mark.parametrize("wide", [False, True])

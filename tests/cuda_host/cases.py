@@ -7,6 +7,7 @@ Tensors are exactly as large as they must be, so that ASAN's red zone begins at 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -142,6 +143,65 @@ def test_more_samples_than_a_grid_has_rows():
     assert torch.equal(ops.linf_step(adv, grad, x, 0.1, eps), reference.step.linf_step(adv, grad, x, 0.1, eps))
     started = ops.linf_start(x, eps, 0.0, 1.0, 3)
     torch.testing.assert_close(started, reference.step.linf_start(x, eps, 0.0, 1.0, 3), rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- weights
+
+
+def weight_tensors(sizes: Sequence[int], dtypes: tuple[torch.dtype, torch.dtype], offsets: Sequence[int] = (0, 0, 0)):
+    """weights, grads and origins, each at its offset."""
+    lists: tuple[list[Tensor], ...] = ([], [], [])
+    for size in sizes:
+        w, g, o = step_inputs((1, size), *dtypes)
+        for tensors, t, offset in zip(lists, (w[0], g[0], o[0]), offsets, strict=True):
+            tensors.append(at_offset(t, offset))
+    return lists
+
+
+def check_weights(weights: list[Tensor], grads: list[Tensor], origins: list[Tensor], slices: int) -> None:
+    """Sums in that many slices, with a backup and without, and the step from them."""
+    wide = [[t.double() for t in tensors] for tensors in (weights, grads, origins)]
+    for record, own in ((False, False), (False, True), (True, False)):
+        backup = [o.clone() for o in origins]
+        sums = torch.full((len(weights), slices, 4), math.nan, dtype=torch.float64)
+        native.weight_sums(sums, weights, grads, weights if own else backup, record)
+        expected = reference.weights.weight_sums(wide[0], wide[1], wide[0] if own or record else wide[2])
+        torch.testing.assert_close(sums.sum(1), expected, rtol=1e-12, atol=1e-300)
+        assert all(torch.equal(b, w if record else o) for b, w, o in zip(backup, weights, origins, strict=True))
+        moved = [at_offset(w, w.storage_offset()) for w in weights]
+        native.perturb(moved, grads, moved if own or record else origins, sums, 0.02, 0.03)
+        around = wide[0] if own or record else wide[2]
+        for m, want in zip(moved, reference.weights.perturb(wide[0], wide[1], around, expected, 0.02, 0.03), strict=True):
+            torch.testing.assert_close(m.double(), want, rtol=ROUNDING[m.dtype], atol=ROUNDING[m.dtype])
+
+
+# 8192 elements are a block's, so two, three and five blocks, beside blocks that stride because there are no more slices.
+@pytest.mark.parametrize("slices", [1, 2, 3, 7, 300])
+@pytest.mark.parametrize("dtypes", [STEP_DTYPES[0], STEP_DTYPES[1], (torch.float32, torch.bfloat16)], ids=name)
+def test_weights_in_slices(dtypes, slices):
+    check_weights(*weight_tensors((8191, 1, 0, 8192, 8193, 33_000, 4, 5), dtypes), slices)
+
+
+@pytest.mark.parametrize("dtypes", STEP_DTYPES, ids=name)
+def test_weights_at_every_alignment(dtypes):
+    for offsets in {o[:3] for o in OFFSETS}:
+        check_weights(*weight_tensors((1, 3, 8, 37, 64, 1027), dtypes, offsets), 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 87, 88, 89, 176, 177, 200])
+def test_weights_in_tables(count):
+    sizes = [(17 * i) % 23 for i in range(count)]
+    sizes[-1] = 8200
+    check_weights(*weight_tensors(sizes, (torch.float32, torch.float32)), 3)
+
+
+def test_the_backup_of_weights_is_theirs_bit_for_bit():
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = [bits.view(dtype)]
+        backup = [torch.empty_like(weights[0])]
+        native.weight_sums(torch.empty(1, 2, 4, dtype=torch.float64), weights, weights, backup, True)
+        assert torch.equal(backup[0].view(torch.int16), bits)
 
 
 # ----------------------------------------------------------------------------------------------------------------- losses

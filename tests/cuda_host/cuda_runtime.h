@@ -61,6 +61,7 @@
 #define __shared__ static  // one block runs at a time
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct uint3 {
   unsigned x, y, z;
