@@ -81,8 +81,13 @@ __device__ WeightSums sums_of(const Items<T>& items, const Place& place, bool re
     const auto w = items.w.values(raw_w), g = items.g.values(raw_g), o = items.origin.values(raw_o);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      const double origin = double(o.v[v]), d = double(w.v[v]) - origin, gradient = double(g.v[v]);
-      sums = sums + WeightSums{origin * origin, {d * d, d * gradient, gradient * gradient}};
+      const double origin = double(o.v[v]), gradient = double(g.v[v]);
+      sums.oo += origin * origin;
+      sums.step.gg += gradient * gradient;
+      if (at_origin) continue;
+      const double d = double(w.v[v]) - origin;
+      sums.step.dd += d * d;
+      sums.step.dg += d * gradient;
     }
   }
   return sums;

@@ -3,13 +3,15 @@
 ``OPS`` maps the name of an op to the function that fastadv.ops calls.
 """
 
-from . import loss, step
+from . import loss, step, weights
 
 OPS = {
     "linf_step": step.linf_step,
     "linf_start": step.linf_start,
     "l2_step": step.l2_step,
     "l1_step": step.l1_step,
+    "weight_sums": weights.weight_sums,
+    "perturb": weights.perturb,
     "ce": loss.ce,
     "log_odds": loss.log_odds,
     "margin": loss.margin,

@@ -24,7 +24,12 @@ STREAMING = [
     for kernel in ("linf_step", "l2_on_chip", "l2_sums", "l2_apply")
     for storage in ("f", "d", "NS_4bf16E", "NS_3f16E")
 ]
-STREAMING += ["linf_start_kernelIfE", "weight_sums_kernelE", "perturb_kernelE", *(f"loss_kernelIfLi8ENS0_{loss}EE" for loss in LOSSES)]
+STREAMING += [
+    "linf_start_kernelIfE",
+    "weight_sums_kernelE",
+    "perturb_kernelE",
+    *(f"loss_kernelIfLi8ENS0_{loss}EE" for loss in LOSSES),
+]
 
 
 def cuobjdump(*arguments: str) -> str:
