@@ -26,7 +26,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     quick, device = arguments.quick, arguments.device
-    cases = ops.cases(quick, device) + weights.cases(quick) + attacks.cases(quick) + training.cases(quick)
+    cases = ops.cases(quick, device) + weights.cases(quick, device) + attacks.cases(quick) + training.cases(quick)
     if arguments.only:
         cases = [case for case in cases if any(part in case.name for part in arguments.only)]
     if arguments.list or not cases:

@@ -90,7 +90,7 @@ def _copy_of(moved: int) -> Build:
     return build
 
 
-def _on_triton(build: Build) -> Build:
+def on_triton(build: Build) -> Build:
     return lambda given: dataclasses.replace(build(given), setting=partial(fastadv.use_backend, "triton"))
 
 
@@ -140,7 +140,7 @@ def step_case(norm: str, shape: tuple[int, ...], gpu: bool = False) -> Case:
 
     contenders: dict[str, Build] = {
         "fastadv": fastadv_,
-        **({"fastadv, triton": _on_triton(fastadv_)} if gpu else {}),
+        **({"fastadv, triton": on_triton(fastadv_)} if gpu else {}),
         "eager reference": lambda given: _functional(plain, given),
         "eager in place": lambda given: _hoisted(given) if norm == "linf" else _in_place(chain_, given),
         "compiled reference": lambda given: _functional(plain, given, compiled=True),
@@ -297,7 +297,7 @@ def loss_case(op: str, classes: int, rows: int = 128, gpu: bool = False) -> Case
     contenders: dict[str, Build] = {
         "fastadv": fastadv_,
         "fastadv, out=": fastadv_out,
-        **({"fastadv, triton": _on_triton(fastadv_)} if gpu else {}),
+        **({"fastadv, triton": on_triton(fastadv_)} if gpu else {}),
         "eager autograd": autograd,
         "eager closed form": formula,
         "compiled closed form": compiled,

@@ -21,7 +21,7 @@ pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 QUICK = os.environ.get("FASTADV_BENCH_QUICK") == "1"
 DEVICE = torch.device("cpu")
 PLAN = timing.plan_for(DEVICE, QUICK)
-CASES = ops.cases(QUICK, DEVICE) + weights.cases(QUICK) + attacks.cases(QUICK) + training.cases(QUICK)
+CASES = ops.cases(QUICK, DEVICE) + weights.cases(QUICK, DEVICE) + attacks.cases(QUICK) + training.cases(QUICK)
 PAIRS = [pytest.param(c, name, id=f"{c.name}-{name}") for c in CASES for name in c.contenders]
 
 

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 import fastadv
 from fastadv.weights import conv_and_linear_weights
 
-from . import baselines, models
+from . import baselines, models, ops
 from .timing import Case, Contender
 
 GAMMA = 5e-3
 LAST = "20.weight"
 
 
-def cases(quick: bool) -> list[Case]:
-    return [awp_case("wrn-34-1" if quick else "wrn-34-10", 1 if quick else 10)]
+def cases(quick: bool, device: torch.device) -> list[Case]:
+    gpu = device.type == "cuda"
+    return [awp_case("wrn-34-1", 1, gpu) if quick else awp_case("wrn-34-10", 10, gpu)]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Given(torch.autograd.Function):
         return None, *ctx.grads
 
 
-def awp_case(name: str, widen: int) -> Case:
+def awp_case(name: str, widen: int, gpu: bool) -> Case:
     with torch.device("meta"):
         elements = sum(p.numel() for n, p in models.wide_resnet34(widen).named_parameters() if conv_and_linear_weights(n, p))
 
@@ -107,6 +108,7 @@ def awp_case(name: str, widen: int) -> Case:
         inputs=inputs,
         contenders={
             "fastadv": fastadv_,
+            **({"fastadv, triton": ops.on_triton(fastadv_)} if gpu else {}),
             "proxy model": contender(baselines.ProxyAWP),
             "layer by layer": contender(baselines.LayerwiseAWP),
             "foreach": contender(baselines.ForeachAWP),

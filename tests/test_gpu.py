@@ -6,7 +6,7 @@ Expected values come from the reference on the CPU. ``-k small_run`` calls each 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 BACKENDS = ("cuda", "triton")
 LABEL_LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted")
 DIVERGENCES = ("kl", "se")
-EVERY_OP = (*ops.STEPS, *ops.STARTS, *ops.LOSSES, "ce soft")
+EVERY_OP = (*ops.STEPS, *ops.STARTS, *ops.LOSSES, "ce soft", "awp")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Beyond what the CPU table has: more samples than a grid has rows; a sample on chip that needs more shared memory than CUDA
@@ -233,11 +233,79 @@ def test_labels_out_of_range_give_nan_rows_and_no_error(backend, op):
         assert torch.equal(grad[~bad], expected[1][~bad])
 
 
+# Layers of a ResNet and what else there is: a bias, a scalar, nothing, a tensor of more blocks than slices; more than a table.
+WEIGHT_SHAPES = [
+    (64, 3, 3, 3),
+    (128, 64, 3, 3),
+    (10, 512),
+    (10,),
+    (),
+    (0, 3),
+    (1500, 1501),
+    *[(n % 9 + 1, 5) for n in range(90)],
+]
+
+
+def draw_weights(
+    dtypes: tuple[torch.dtype, torch.dtype], seed: int = 0, shapes: Sequence[tuple[int, ...]] = WEIGHT_SHAPES
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """weights, grads and origins, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, grads, origins = [], [], []
+    for shape in shapes:
+        origin, noise, grad = torch.randn(3, *shape, generator=generator)
+        weights.append((origin + 0.01 * noise).to(dtypes[0]))
+        grads.append(grad.to(dtypes[1]))
+        origins.append(origin.to(dtypes[0]))
+    return weights, grads, origins
+
+
+def to_gpu(*lists: list[Tensor]) -> list[list[Tensor]]:
+    return [[t.cuda() for t in tensors] for tensors in lists]
+
+
+def check_weights(dtypes: tuple[torch.dtype, torch.dtype], layout: str = "contiguous", record: bool = False) -> None:
+    weights, grads, origins = draw_weights(dtypes)
+    around = weights if record else origins
+    sums = reference.weights.weight_sums(*(wide(tensors) for tensors in (weights, grads, around)))
+    expected = reference.weights.perturb(*(wide(tensors) for tensors in (weights, grads, around)), sums, 0.02, 0.03)
+    w, g, o = (
+        [on_gpu(t, layout if layout in layouts(t.shape) else "contiguous") for t in ts] for ts in (weights, grads, origins)
+    )
+    found = ops.weight_sums(w, g, o, record=record)
+    torch.testing.assert_close(found.sum(1).cpu(), sums, rtol=1e-6, atol=1e-12)
+    ops.perturb_(w, g, w if record else o, found, 0.02, 0.03)
+    for got, want, backup, before in zip(w, expected, o, around, strict=True):
+        torch.testing.assert_close(got.double().cpu(), want, rtol=ROUNDING[dtypes[0]], atol=ROUNDING[dtypes[0]])
+        assert torch.equal(backup.cpu(), before)
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("dtypes", STEP_DTYPES, ids=name)
+def test_weights(backend, dtypes, layout, record):
+    check_weights(dtypes, layout, record)
+
+
+def test_weights_of_all_storage_types_at_once(backend):
+    parts = [draw_weights(dtypes, shapes=[(5, 7), (40_000,)]) for dtypes in STEP_DTYPES]
+    weights, grads, origins = ([t for part in parts for t in part[i]] for i in range(3))
+    sums = reference.weights.weight_sums(wide(weights), wide(grads), wide(origins))
+    expected = reference.weights.perturb(wide(weights), wide(grads), wide(origins), sums, 0.05, 0.03)
+    w, g, o = to_gpu(weights, grads, origins)
+    ops.perturb_(w, g, o, ops.weight_sums(w, g, o), 0.05, 0.03)
+    for got, want in zip(w, expected, strict=True):
+        torch.testing.assert_close(got.double().cpu(), want, rtol=ROUNDING[got.dtype], atol=ROUNDING[got.dtype])
+
+
 # --------------------------------------------------------------------------------- streams, graphs, memory, waiting
 
 
 def draw(op: str, seed: int, huge: bool = False) -> list[Tensor]:
     """Everything an op reads, on the GPU, per-sample sizes in two dtypes included."""
+    if op == "awp":
+        shapes = [(2000, 2001)] if huge else WEIGHT_SHAPES
+        return [t.cuda() for row in zip(*draw_weights((torch.float32, torch.bfloat16), seed, shapes), strict=True) for t in row]
     if op in ops.LOSSES or op == "ce soft":
         rows, classes = (5, 21_841) if huge else (70, 1000)
         return [a.cuda() for a in loss_inputs(op, rows, classes, torch.float32, seed)]
@@ -251,6 +319,12 @@ def draw(op: str, seed: int, huge: bool = False) -> list[Tensor]:
 
 
 def call(op: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    if op == "awp":  # one step with a backup, one more about it
+        weights, grads, origins = (list(inputs[i::3]) for i in range(3))
+        weights, backup = [w.clone() for w in weights], [torch.empty_like(o) for o in origins]
+        ops.perturb_(weights, grads, weights, ops.weight_sums(weights, grads, backup, record=True), 0.02)
+        ops.perturb_(weights, grads, origins, ops.weight_sums(weights, grads, origins), 0.02, 0.01)
+        return (*weights, *backup)
     if op in ops.STEPS:
         return (getattr(ops, op)(*inputs, 0.0, 1.0),)
     if op in ops.STARTS:
@@ -413,6 +487,26 @@ def test_steps_write_nothing_outside_at_any_alignment(backend, op, dtype, size):
         assert is_poison(*around)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_weights_write_nothing_outside_at_any_alignment(backend, dtype):
+    for size in (1, 37, 48, 70_001):
+        weights, grads, origins = draw_weights((dtype, dtype), shapes=[(size,)])
+        given = to_gpu(weights, grads, origins)
+        ops.perturb_(*given, ops.weight_sums(*given), 0.02, 0.03)
+        for i, offset in enumerate(OFFSETS):
+            inside, around = surrounded(weights[0], offset)
+            misaligned_grad, _ = surrounded(grads[0], OFFSETS[(3 * i) % len(OFFSETS)])
+            origin, _ = surrounded(origins[0], OFFSETS[(7 * i) % len(OFFSETS)])
+            backup, around_backup = surrounded(origins[0], OFFSETS[(7 * i) % len(OFFSETS)])
+            ops.weight_sums([inside], [misaligned_grad], [backup], record=True)
+            assert torch.equal(backup, inside)
+            ops.perturb_(
+                [inside], [misaligned_grad], [origin], ops.weight_sums([inside], [misaligned_grad], [origin]), 0.02, 0.03
+            )
+            torch.testing.assert_close(inside, given[0][0], rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+            assert is_poison(*around, *around_backup)
+
+
 @pytest.mark.parametrize("classes", [2, 10, 33, 100, 1000, 9000])
 @pytest.mark.parametrize("op", ops.LOSSES)
 def test_losses_write_nothing_outside_at_any_alignment(backend, op, classes):
@@ -433,6 +527,10 @@ def test_losses_write_nothing_outside_at_any_alignment(backend, op, classes):
 def test_small_run(backend, op):
     """Each kernel on little data in tensors of exactly their size: what compute-sanitizer watches."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        if op == "awp":
+            for record in (False, True):
+                check_weights((dtype, dtype), record=record)
+            continue
         if op in ops.LOSSES or op == "ce soft":
             for classes in (10, 100, 1000, 9000):
                 check_loss(op, dtype, 5, classes)
@@ -476,6 +574,17 @@ def test_l2_step_of_more_than_two_to_the_31_elements(backend):
     adv = torch.full((1, SIZE), -0.5, dtype=torch.bfloat16, device="cuda")
     ops.l2_step_(adv, adv, adv, 0.25 * math.sqrt(SIZE), math.inf)
     assert all(bool((part == -0.75).all()) for part in adv[0].split(2**28))
+
+
+def test_weights_of_more_than_two_to_the_31_elements(backend):
+    need_memory(20)
+    w = torch.full((SIZE,), -0.5, dtype=torch.bfloat16, device="cuda")
+    backup = torch.empty_like(w)
+    sums = ops.weight_sums([w], [w], [backup], record=True)
+    assert sums.sum(1)[0].tolist() == [SIZE / 4, 0.0, 0.0, SIZE / 4]
+    ops.perturb_([w], [backup], [w], sums, 0.5)
+    assert all(bool((part == -0.75).all()) for part in w.split(2**28))
+    assert all(bool((part == -0.5).all()) for part in backup.split(2**28))
 
 
 def test_linf_start_of_more_than_two_to_the_31_elements(backend):
