@@ -76,18 +76,26 @@ FASTADV_FN Softmax<T> softmax_row(T* z, T* e, int64_t classes) {
   return {top, sum};
 }
 
-// The first index of the largest value of a padded row. Two vector passes beat one scalar one from a few classes on.
+// The first index of the largest value of a padded row; NaN ranks with +inf. Two vector passes beat one scalar one from a few
+// classes on.
 template <class T>
 FASTADV_FN int64_t argmax(T* z, int64_t classes) {
   z = aligned(z);
   const int32_t n = int32_t(padded(classes));
-  T top = -std::numeric_limits<T>::infinity();
+  const T infinity = std::numeric_limits<T>::infinity();
+  T top = -infinity;
 #pragma omp simd reduction(max : top)
-  for (int32_t k = 0; k < n; ++k) top = top < z[k] ? z[k] : top;
+  for (int32_t k = 0; k < n; ++k) {
+    const T v = z[k] == z[k] ? z[k] : infinity;
+    top = top < v ? v : top;
+  }
   int32_t index = n;
 #pragma omp simd reduction(min : index)
-  for (int32_t k = 0; k < n; ++k) index = z[k] == top && k < index ? k : index;
-  return index < classes ? index : 0;  // a row of NaN has no largest
+  for (int32_t k = 0; k < n; ++k) {
+    const T v = z[k] == z[k] ? z[k] : infinity;
+    index = v == top && k < index ? k : index;
+  }
+  return index;
 }
 
 // The indices of the largest values, largest first; of equals the first one leads, as in a stable sort. Spoils z.

@@ -277,15 +277,15 @@ struct CrossEntropy {
 };
 
 // Kullback-Leibler divergence KL(p || q) of row softmaxes, from shifted logits: log p = z_p - log(sum_p). A class whose
-// probability has underflowed to 0 contributes 0, never 0 * inf. Subtracting logits first rounds least.
+// probability has underflowed to 0 contributes 0, never 0 * inf; NaN stays NaN. Subtracting logits first rounds least.
 template <class T>
 struct KullbackLeibler {
   T inverse_sum_p, inverse_sum_q, log_sum_ratio;  // log(sum_p) - log(sum_q)
   FASTADV_FN T log_ratio(T z_p, T z_q) const { return (z_p - z_q) - log_sum_ratio; }
-  FASTADV_FN T term(T e_p, T z_p, T z_q) const { return e_p > T(0) ? e_p * inverse_sum_p * log_ratio(z_p, z_q) : T(0); }
+  FASTADV_FN T term(T e_p, T z_p, T z_q) const { return e_p == T(0) ? T(0) : e_p * inverse_sum_p * log_ratio(z_p, z_q); }
   FASTADV_FN T grad_q(T e_p, T e_q) const { return e_q * inverse_sum_q - e_p * inverse_sum_p; }
   FASTADV_FN T grad_p(T e_p, T z_p, T z_q, T kl) const {
-    return e_p > T(0) ? e_p * inverse_sum_p * (log_ratio(z_p, z_q) - kl) : T(0);
+    return e_p == T(0) ? T(0) : e_p * inverse_sum_p * (log_ratio(z_p, z_q) - kl);
   }
 };
 

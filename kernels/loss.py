@@ -230,7 +230,7 @@ def kl_kernel(
     kl = tl.zeros([ROWS, 1], ACC)
     for i_chunk in range(tl.cdiv(CLASSES, BLOCK)):
         o, b_q, b_p, b_z, b_z_ref = load_pair(p_z, p_z_ref, top_q, total_q, top_p, total_p, i_chunk, CLASSES, BLOCK, ACC)
-        kl += sum_row(tl.where(b_p > 0, b_p * (b_z_ref - b_z - log_sums), 0.0))
+        kl += sum_row(tl.where(b_p == 0, 0.0, b_p * (b_z_ref - b_z - log_sums)))
         if p_grad_ref is None:
             store_chunk(p_grad, o, b_q - b_p, CLASSES)
     if p_grad_ref is not None:
@@ -238,7 +238,7 @@ def kl_kernel(
         for i_chunk in range(tl.cdiv(CLASSES, BLOCK)):
             o, b_q, b_p, b_z, b_z_ref = load_pair(p_z, p_z_ref, top_q, total_q, top_p, total_p, i_chunk, CLASSES, BLOCK, ACC)
             store_chunk(p_grad, o, b_q - b_p, CLASSES)
-            store_chunk(p_grad_ref, o, tl.where(b_p > 0, b_p * (b_z_ref - b_z - log_sums - kl), 0.0), CLASSES)
+            store_chunk(p_grad_ref, o, tl.where(b_p == 0, 0.0, b_p * (b_z_ref - b_z - log_sums - kl)), CLASSES)
     tl.store(p_loss + i_row, kl)
 
 

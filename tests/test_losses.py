@@ -155,6 +155,22 @@ def test_a_long_row_may_begin_with_impossible_classes(op, backend):
     torch.testing.assert_close(grad, dlogits)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [5, 10, 300, LONG_ROW])
+@pytest.mark.parametrize("op", [*LABEL_LOSSES, *DIVERGENCES])
+def test_a_nan_logit_makes_the_loss_of_its_row_nan(op, classes, backend):
+    """Whatever class it is of: a broken model is seen, and no comparison with NaN hides it."""
+    args = arguments(op, 5, classes, torch.float32)
+    expected = run(op, backend, *args)
+    for i in range(2 if op in DIVERGENCES else 1):
+        for k in range(3):  # of some rows the label's
+            broken = [a.clone() for a in args]
+            broken[i][[1, 3], [k, classes - 1 - k]] = math.nan
+            loss, dlogits = run(op, backend, *broken)
+            assert loss.isnan().tolist() == [False, True, False, True, False]
+            assert torch.equal(dlogits[::2], expected[1][::2])
+
+
 @pytest.mark.parametrize("op", LABEL_LOSSES)
 @pytest.mark.parametrize("classes", [5, 10, LONG_ROW])
 def test_a_label_out_of_range_makes_its_row_nan_where_it_cannot_be_refused(op, classes):
