@@ -67,7 +67,7 @@ def test_an_op_without_a_triton_kernel_says_so():
 
 
 def test_every_op_has_a_triton_kernel():
-    assert set(importlib.import_module("fastadv.kernels").OPS) == {*ops.STEPS, *ops.STARTS, *ops.LOSSES}
+    assert set(importlib.import_module("fastadv.kernels").OPS) == {*ops.STEPS, *ops.STARTS, *ops.WEIGHTS, *ops.LOSSES}
 
 
 def test_unknown_backends_are_refused_at_once():
