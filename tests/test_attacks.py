@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -520,7 +521,7 @@ def test_info_is_what_the_returned_images_do(targeted, options, dtype):
         ({"early_stop": True, "eps": 0.0}, True, 6),  # nothing is fooled: no stop
         ({"early_stop": True, "eps": 1.0, "restarts": 3}, True, 2),  # everything is, after one step: one stop for all
     ],
-    ids=str,
+    ids=lambda value: re.sub(r"<function (.+?) at .*?>", r"\1", str(value)),  # the same in every process
 )
 def test_forwards_are_as_few_as_documented_and_counted(options, with_labels, forwards):
     x, _ = batch()
