@@ -26,12 +26,13 @@ from .labels import cross_entropy, hard, weight
 def weighted_mse(logits: Tensor, logits_adv: Tensor, pi: Tensor) -> Tensor:
     """M: the weighted squared differences of all pairs of logits, in O(N C) where the definition takes O(N C^2).
 
-    With d = z - z', S_i = sum_j pi_ij and m_i = sum_j pi_ij d_ij: 1/2 sum_i (S_i sum_j pi_ij d_ij^2 - m_i^2) / sum_i S_i^2.
+    With d = z - z', S_i = sum_j pi_ij and m_i = sum_j pi_ij d_ij / S_i: 1/2 sum_i S_i sum_j pi_ij (d_ij - m_i)^2 / sum_i S_i^2.
     """
     d = arithmetic(logits) - arithmetic(logits_adv)
     pi = pi.to(d)
-    mass, mean = pi.sum(1), (pi * d).sum(1)
-    return (mass * (pi * d * d).sum(1) - mean * mean).sum() / (2 * mass.square().sum())
+    mass = pi.sum(1, keepdim=True)
+    spread = d - (pi * d).sum(1, keepdim=True) / mass  # before squaring: nothing cancels
+    return (mass * pi * spread.square()).sum() / (2 * mass.square().sum())
 
 
 def gkl_loss(
