@@ -111,7 +111,12 @@ def logits(value: Any, x: Tensor, y: Tensor | None, source: str = "model(x) must
     if y.is_floating_point():
         if y.shape != value.shape:
             raise ValueError(f"soft labels y must be {list(value.shape)} like the logits; got {list(y.shape)}")
-        return
-    smallest, largest = (int(v) for v in y.aminmax())
-    if smallest < 0 or largest >= value.shape[1]:
-        raise ValueError(f"y must be labels in [0, {value.shape[1]}); got labels from {smallest} to {largest}")
+    else:
+        label_range(y, value.shape[1])
+
+
+def label_range(y: Tensor, classes: int) -> None:
+    """Integer labels in [0, classes)."""
+    smallest, largest = (int(v) for v in y.aminmax()) if y.numel() else (0, 0)
+    if smallest < 0 or largest >= classes:
+        raise ValueError(f"y must be labels in [0, {classes}); got labels from {smallest} to {largest}")

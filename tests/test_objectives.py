@@ -735,8 +735,8 @@ def test_catastrophic_overfitting_rings_on_a_fall_and_not_before():
     model = Scripted().train()
     alarm = fastadv.CatastrophicOverfitting(fastadv.PGD(model, EPS, steps=5))
     rings = []
-    for right in (1, 9, 7, 5, 4, 1):  # noqa: B007 - the model reads it
-        rings.append(alarm(torch.rand(10, 3, 2, 2), y))
+    for right in (1, 9, 7, 5, 4, 1):
+        rings.append(alarm(torch.rand(10, 3, 2, 2), y if right % 2 else F.one_hot(y, 2).float()))
     assert rings == [False] * 5 + [True]
     assert alarm.accuracies == pytest.approx([0.1, 0.9, 0.7, 0.5, 0.4, 0.1])
     assert model.training
@@ -854,12 +854,41 @@ def test_free_training_checks_its_batch():
     assert not calls
 
 
-@pytest.mark.parametrize("method", [fastadv.NFGSM, fastadv.RSTStability, fastadv.TRADES])
-def test_a_refused_batch_draws_no_random_numbers(method):
-    around = surroundings()
-    with pytest.raises(ValueError, match="bounds"):
-        method()(MODEL, X + 1, Y)
+DOORS = {
+    type(objective).__name__: objective
+    for objective in (
+        fastadv.PGDAT(),
+        fastadv.TRADES(),
+        fastadv.DM(),
+        fastadv.SCORE(),
+        fastadv.ALP(),
+        fastadv.NFGSM(),
+        fastadv.RSTStability(),
+        fastadv.FeatureScatter(),
+        fastadv.MMC(CLASSES),
+    )
+}
+
+
+@pytest.mark.parametrize("case", DOORS)
+def test_a_refused_batch_leaves_no_trace(case):
+    """Nothing is drawn, and the model does not run: not for clean logits that the attack or the loss will need either."""
+    around, calls = surroundings(), count_calls(model := net())
+    refused = [(X + 1, Y, "bounds"), ((255 * X).byte(), Y, "integer images"), (X, Y[:3], "y must be")]
+    for x, y, message in refused[: 2 if case == "RSTStability" else 3]:  # which knows its labels in the loss alone
+        with pytest.raises(ValueError, match=message):
+            DOORS[case](model, x, y)
+    assert not calls
     assert surroundings() == around
+
+
+@pytest.mark.parametrize("case", ["PGDAT", "TRADES", "ALP", "FeatureScatter", "MMC"])
+def test_a_label_outside_the_classes_is_refused_before_the_attack(case):
+    """In a loss on a GPU it would be a NaN, or the end of the process."""
+    model, untouched = net(), net()
+    with pytest.raises(ValueError, match=r"y must be labels in \[0, 10\); got labels from"):
+        DOORS[case](model, X, Y + CLASSES)
+    torch.testing.assert_close(model.state_dict(), untouched.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from .. import checks, ops
 from ..attacks import PGD
 from ..engine import BN_MODES, Model, attacking, unwrap
 from .base import LabelLoss
-from .labels import cross_entropy, weight
+from .labels import classes_of, cross_entropy, weight
 from .pgd_at import PGDAT
 
 
@@ -56,6 +56,7 @@ class NFGSM(PGDAT):
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         checks.images(x, *self.bounds)
+        checks.labels(y, x)
         seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=self.generator)
         start = ops.linf_start(x, self.noise * self.eps, *self.bounds, int(seed))
         reach = (self.noise + 1) * self.eps  # a ball that holds start and step: its projection moves nothing
@@ -85,5 +86,5 @@ class CatastrophicOverfitting:
     def __call__(self, x: Tensor, y: Tensor) -> bool:
         x_adv, model = self.attack(x, y), unwrap(self.attack.model)
         with attacking(model, self.attack.bn), torch.no_grad():
-            self.accuracies.append(float((model(x_adv).argmax(1) == y).float().mean()))
+            self.accuracies.append(float((model(x_adv).argmax(1) == classes_of(y)).float().mean()))
         return len(self.accuracies) > 1 and self.accuracies[-1] < self.accuracies[-2] - self.drop

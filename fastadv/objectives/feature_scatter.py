@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attacks import PGD
-from ..engine import Model, attacking, unwrap
+from ..engine import Model
 from ..reference.step import arithmetic
-from .base import LabelLoss, Objective, Output, output
+from .base import LabelLoss, Objective, Output, clean_logits, output
 from .labels import LabelSmoothing
 
 
@@ -71,12 +71,7 @@ class FeatureScatter(Objective):
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         attack = self.attack_on(model)
-        if not callable(attack.loss):
-            return attack(x, y)
-        inner = unwrap(attack.model)
-        with attacking(inner, attack.bn), torch.no_grad():
-            logits = inner(x)
-        return attack(x, logits)
+        return attack(x, clean_logits(attack, x, y) if callable(attack.loss) else y)
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
         logits = model(x_adv)

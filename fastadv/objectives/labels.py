@@ -58,6 +58,11 @@ def hard(y: Tensor) -> Tensor:
     return y.long()
 
 
+def classes_of(y: Tensor) -> Tensor:
+    """Class indices [N]; of soft labels, the likeliest."""
+    return y.argmax(1) if y.is_floating_point() else y
+
+
 def weight(name: str, value: float) -> float:
     """A term's factor in a loss: finite and not negative."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:

@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..attacks import PGD
 from ..engine import Model
 from ..reference.loss import pick
 from ..reference.step import arithmetic
+from .base import check_batch
 from .labels import hard
 from .pgd_at import PGDAT
 
@@ -86,5 +88,7 @@ class MMC(PGDAT):
         attack = self.attack_on(model)
         if not attack.targeted:
             return attack(x, y)
+        check_batch(attack, x, y)
+        checks.label_range(hard(y), self.classes)
         offset = torch.empty_like(y, dtype=torch.int64).random_(1, self.classes, generator=self.generator)
         return attack(x, (y + offset) % self.classes)

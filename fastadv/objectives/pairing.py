@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..attacks import PGD
-from ..engine import Model, attacking, unwrap
+from ..engine import Model
 from ..reference.step import arithmetic
-from .base import LabelLoss, Objective, Output, output
+from .base import LabelLoss, Objective, Output, clean_logits, output
 from .labels import cross_entropy
 from .labels import weight as checked
 
@@ -57,10 +57,7 @@ class ALP(Objective):
         attack = self.attack_on(model)
         if not attack.targeted:
             return attack(x, y)
-        inner = unwrap(attack.model)
-        with attacking(inner, attack.bn), torch.no_grad():
-            least_likely = inner(x).argmin(1)
-        return attack(x, least_likely)
+        return attack(x, clean_logits(attack, x, y).argmin(1))
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
         logits, logits_adv = model(torch.cat([x, x_adv])).chunk(2) if self.together else (model(x), model(x_adv))

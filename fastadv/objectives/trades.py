@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..attacks import PGD
 from ..engine import Model, unwrap
-from .base import LabelLoss, Objective, Output, output
+from .base import LabelLoss, Objective, Output, check_batch, output
 from .labels import LabelSmoothing, cross_entropy, weight
 
 
@@ -60,6 +60,7 @@ class TRADES(Objective):
         attack = self.attack_on(model)
         if attack.bn != "batch" or not getattr(model, "training", False) or unwrap(attack.model) is not unwrap(model):
             return super().__call__(model, x, y)
+        check_batch(attack, x, y)
         # The attack's clean forward, on the statistics of the batch, is the training step's own.
         logits = model(x)
         x_adv = attack(x, y, logits_ref=logits.detach())
