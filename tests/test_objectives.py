@@ -774,6 +774,9 @@ BAD = {
     "infinite beta": (lambda: fastadv.MART(beta=math.inf), "beta must be a finite number >= 0; got inf"),
     "beta is true": (lambda: fastadv.SCORE(beta=True), "beta must be a finite number >= 0; got True"),
     "clip": (lambda: fastadv.SCORE(clip=-0.1), "clip must be a finite number >= 0"),
+    "label_smoothing": (lambda: fastadv.SCORE(label_smoothing=-0.1), "label_smoothing must be a finite number >= 0; got -0.1"),
+    "scale": (lambda: fastadv.HypersphereMargin(-1.0, 0.2), "scale must be a finite number > 0; got -1.0"),
+    "margin": (lambda: fastadv.HypersphereMargin(10.0, None), "margin must be a finite number >= 0; got None"),
     "clip of PGD-AT": (lambda: fastadv.SCOREPGDAT(clip=math.nan), "clip must be a finite number >= 0"),
     "ALP's weight": (lambda: fastadv.ALP(weight="1"), "weight must be a finite number >= 0; got '1'"),
     "entropy_weight": (lambda: fastadv.RST(entropy_weight=-1.0), "entropy_weight must be"),
@@ -783,8 +786,8 @@ BAD = {
     "power": (lambda: fastadv.GKL(10, power=math.nan), "power must be a finite number >= 0; got nan"),
     "GKL's classes": (lambda: fastadv.GKL(1), "classes must be an integer >= 2; got 1"),
     "MMC's classes": (lambda: fastadv.MMC(True), "classes must be an integer >= 2; got True"),
-    "GKL's temperature": (lambda: fastadv.GKL(10, temperature=0.0), "temperature must be > 0; got 0.0"),
-    "Consistency's temperature": (lambda: fastadv.Consistency(fastadv.PGDAT(), temperature=-1), "temperature must be > 0"),
+    "GKL's temperature": (lambda: fastadv.GKL(10, temperature=0.0), "temperature must be a finite number > 0; got 0.0"),
+    "Consistency's temperature": (lambda: fastadv.Consistency(fastadv.PGDAT(), temperature=-1), "temperature must be"),
     "Consistency's weight": (lambda: fastadv.Consistency(fastadv.PGDAT(), weight=-1), "weight must be"),
     "Consistency of an attack": (
         lambda: fastadv.Consistency(fastadv.PGDAT.paper_attack(MODEL)),
@@ -863,6 +866,7 @@ DOORS = {
         fastadv.SCORE(),
         fastadv.ALP(),
         fastadv.NFGSM(),
+        fastadv.RST(),
         fastadv.RSTStability(),
         fastadv.FeatureScatter(),
         fastadv.MMC(CLASSES),
@@ -875,7 +879,7 @@ def test_a_refused_batch_leaves_no_trace(case):
     """Nothing is drawn, and the model does not run: not for clean logits that the attack or the loss will need either."""
     around, calls = surroundings(), count_calls(model := net())
     refused = [(X + 1, Y, "bounds"), ((255 * X).byte(), Y, "integer images"), (X, Y[:3], "y must be")]
-    for x, y, message in refused[: 2 if case == "RSTStability" else 3]:  # which knows its labels in the loss alone
+    for x, y, message in refused:
         with pytest.raises(ValueError, match=message):
             DOORS[case](model, x, y)
     assert not calls

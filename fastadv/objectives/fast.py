@@ -15,7 +15,7 @@ from .. import checks, ops
 from ..attacks import PGD
 from ..engine import BN_MODES, Model, attacking, unwrap
 from .base import LabelLoss
-from .labels import classes_of, cross_entropy, weight
+from .labels import classes_of, cross_entropy
 from .pgd_at import PGDAT
 
 
@@ -51,7 +51,7 @@ class NFGSM(PGDAT):
     ) -> None:
         super().__init__(None, label_loss)
         checks.one_of("bn", bn, BN_MODES)
-        self.eps, self.noise, self.bn = weight("eps", eps), weight("noise", noise), bn
+        self.eps, self.noise, self.bn = checks.number("eps", eps), checks.number("noise", noise), bn
         self.bounds, self.generator = checks.bounds(bounds), generator
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class CatastrophicOverfitting:
     def __init__(self, attack: PGD, drop: float = 0.2) -> None:
         if attack.steps < 2:
             raise ValueError(f"attack must take several steps to see catastrophic overfitting; got {attack.steps}")
-        self.attack, self.drop = attack, weight("drop", drop)
+        self.attack, self.drop = attack, checks.number("drop", drop)
         self.accuracies: list[float] = []
 
     def __call__(self, x: Tensor, y: Tensor) -> bool:

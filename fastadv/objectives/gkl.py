@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import checks, ops
 from ..attacks import PGD
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import Objective, Output, output
-from .labels import cross_entropy, hard, weight
+from .labels import cross_entropy, hard
 
 
 def weighted_mse(logits: Tensor, logits_adv: Tensor, pi: Tensor) -> Tensor:
@@ -77,12 +77,10 @@ class GKL(Objective):
         temperature: float = 4.0,
     ) -> None:
         super().__init__(attack)
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
-            raise ValueError(f"classes must be an integer >= 2; got {classes!r}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be > 0; got {temperature!r}")
-        self.alpha, self.beta = weight("alpha", alpha), weight("beta", beta)
-        self.power, self.temperature = weight("power", power), temperature
+        checks.integer("classes", classes, 2)
+        self.alpha, self.beta = checks.number("alpha", alpha), checks.number("beta", beta)
+        self.power = checks.number("power", power)
+        self.temperature = checks.number("temperature", temperature, positive=True)
         self.class_means: Tensor | None = None
         self._sums, self._counts = torch.zeros(classes, classes), torch.zeros(classes)
 

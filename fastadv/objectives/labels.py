@@ -5,8 +5,6 @@ A *label loss* is any ``(logits [N, C], y) -> scalar``; objectives with such a t
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -61,10 +59,3 @@ def hard(y: Tensor) -> Tensor:
 def classes_of(y: Tensor) -> Tensor:
     """Class indices [N]; of soft labels, the likeliest."""
     return y.argmax(1) if y.is_floating_point() else y
-
-
-def weight(name: str, value: float) -> float:
-    """A term's factor in a loss: finite and not negative."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number >= 0; got {value!r}")
-    return float(value)

@@ -80,9 +80,7 @@ class MMC(PGDAT):
 
     def __init__(self, classes: int, attack: PGD | None = None, generator: torch.Generator | None = None) -> None:
         super().__init__(attack, mmc_loss)
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
-            raise ValueError(f"classes must be an integer >= 2; got {classes!r}")
-        self.classes, self.generator = classes, generator
+        self.classes, self.generator = checks.integer("classes", classes, 2), generator
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         attack = self.attack_on(model)

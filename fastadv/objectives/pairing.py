@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..attacks import PGD
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import LabelLoss, Objective, Output, clean_logits, output
 from .labels import cross_entropy
-from .labels import weight as checked
 
 
 def alp_loss(
@@ -51,7 +51,7 @@ class ALP(Objective):
         together: bool = True,
     ) -> None:
         super().__init__(attack)
-        self.weight, self.label_loss, self.together = checked("weight", weight), label_loss, together
+        self.weight, self.label_loss, self.together = checks.number("weight", weight), label_loss, together
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         attack = self.attack_on(model)

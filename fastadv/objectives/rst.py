@@ -17,7 +17,7 @@ from ..attacks import PGD
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import Objective, Output, output
-from .labels import hard, weight
+from .labels import hard
 from .trades import TRADES
 
 
@@ -51,12 +51,13 @@ class RST(TRADES):
 
     def __init__(self, attack: PGD | None = None, beta: float = 6.0, entropy_weight: float = 0.0) -> None:
         super().__init__(attack, beta)
-        self.entropy_weight = weight("entropy_weight", entropy_weight)
+        self.entropy_weight = checks.number("entropy_weight", entropy_weight)
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Output:
         return Objective.__call__(self, model, x, y)  # the adversarial forward comes first: nothing to share
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        checks.labels(y, x)
         return self.attack_on(model)(x)
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
@@ -88,9 +89,10 @@ class RSTStability(RST):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(None, beta, entropy_weight)
-        self.sigma, self.bounds, self.generator = weight("sigma", sigma), checks.bounds(bounds), generator
+        self.sigma, self.bounds, self.generator = checks.number("sigma", sigma), checks.bounds(bounds), generator
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         checks.images(x, *self.bounds)
+        checks.labels(y, x)
         noise = torch.empty_like(x).normal_(std=self.sigma, generator=self.generator)
         return noise.add_(x.detach()).clamp_(*self.bounds)

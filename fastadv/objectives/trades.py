@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import checks, ops
 from ..attacks import PGD
 from ..engine import Model, unwrap
 from .base import LabelLoss, Objective, Output, check_batch, output
-from .labels import LabelSmoothing, cross_entropy, weight
+from .labels import LabelSmoothing, cross_entropy
 
 
 def trades_loss(
@@ -54,7 +54,7 @@ class TRADES(Objective):
         bn_parity: bool = False,
     ) -> None:
         super().__init__(attack)
-        self.beta, self.label_loss, self.bn_parity = weight("beta", beta), label_loss, bn_parity
+        self.beta, self.label_loss, self.bn_parity = checks.number("beta", beta), label_loss, bn_parity
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Output:
         attack = self.attack_on(model)
