@@ -800,7 +800,12 @@ BAD = {
     "FreeAT's eps": (lambda: fastadv.FreeAT(eps=-1.0), "eps must be"),
     "FreeAT's alpha": (lambda: fastadv.FreeAT(alpha=-1.0), "alpha must be"),
     "FreeAT's bounds": (lambda: fastadv.FreeAT(bounds=(0.0,)), "bounds must be a pair"),
-    "alarm": (lambda: fastadv.CatastrophicOverfitting(fastadv.PGD(MODEL, EPS, steps=1)), "several steps .*; got 1"),
+    "alarm": (lambda: fastadv.CatastrophicOverfitting(fastadv.PGD(MODEL, EPS, steps=1)), r"several steps .*; got PGD\("),
+    "alarm on a model": (lambda: fastadv.CatastrophicOverfitting(MODEL), "must be a fastadv.PGD of several steps"),
+    "label_loss": (lambda: fastadv.PGDAT(label_loss=0.1), r"label_loss must be callable on \(logits, y\); got 0.1"),
+    "DM's label_loss": (lambda: fastadv.DM(label_loss=0.1), "label_loss must be callable"),
+    "ALP's label_loss": (lambda: fastadv.ALP(label_loss="ce"), "label_loss must be callable"),
+    "FreeAT's label_loss": (lambda: fastadv.FreeAT(label_loss=None), "label_loss must be callable"),
     "drop": (lambda: fastadv.CatastrophicOverfitting(fastadv.PGD(MODEL, EPS), drop=-1.0), "drop must be"),
     "paper's attack": (lambda: fastadv.TRADES.paper_attack(MODEL, steps=0), "steps must be an integer >= 1"),
 }  # fmt: skip

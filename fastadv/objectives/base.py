@@ -9,7 +9,6 @@ objective.loss(model, x, y, x_adv).backward()
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,8 +19,6 @@ from .. import checks
 from ..attacks import PGD
 from ..engine import Model, attacking, unwrap
 from .labels import classes_of
-
-LabelLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

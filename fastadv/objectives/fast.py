@@ -14,8 +14,7 @@ from torch import Tensor
 from .. import checks, ops
 from ..attacks import PGD
 from ..engine import BN_MODES, Model, attacking, unwrap
-from .base import LabelLoss
-from .labels import classes_of, cross_entropy
+from .labels import LabelLoss, classes_of, cross_entropy
 from .pgd_at import PGDAT
 
 
@@ -78,8 +77,8 @@ class CatastrophicOverfitting:
     """
 
     def __init__(self, attack: PGD, drop: float = 0.2) -> None:
-        if attack.steps < 2:
-            raise ValueError(f"attack must take several steps to see catastrophic overfitting; got {attack.steps}")
+        if not isinstance(attack, PGD) or attack.steps < 2:
+            raise ValueError(f"attack must be a fastadv.PGD of several steps to see catastrophic overfitting; got {attack!r}")
         self.attack, self.drop = attack, checks.number("drop", drop)
         self.accuracies: list[float] = []
 

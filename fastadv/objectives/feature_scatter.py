@@ -15,8 +15,8 @@ from torch import Tensor
 from ..attacks import PGD
 from ..engine import Model
 from ..reference.step import arithmetic
-from .base import LabelLoss, Objective, Output, clean_logits, output
-from .labels import LabelSmoothing
+from .base import Objective, Output, clean_logits, output
+from .labels import LabelLoss, LabelSmoothing, checked
 
 
 def transport_cost(
@@ -67,7 +67,7 @@ class FeatureScatter(Objective):
 
     def __init__(self, attack: PGD | None = None, label_loss: LabelLoss = HALF_SMOOTHED) -> None:
         super().__init__(attack)
-        self.label_loss = label_loss
+        self.label_loss = checked(label_loss)
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         attack = self.attack_on(model)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..engine import Model
-from .base import LabelLoss, Output, output
-from .labels import cross_entropy
+from .base import Output, output
+from .labels import LabelLoss, checked, cross_entropy
 
 
 class FreeAT:
@@ -47,7 +47,7 @@ class FreeAT:
         reclamp: bool = True,
     ) -> None:
         self.eps, self.alpha = checks.number("eps", eps), checks.number("alpha", eps if alpha is None else alpha)
-        self.replays, self.label_loss = checks.integer("replays", replays), label_loss
+        self.replays, self.label_loss = checks.integer("replays", replays), checked(label_loss)
         self.bounds, self.reclamp = checks.bounds(bounds), reclamp
         self._delta: Tensor | None = None
 

@@ -5,11 +5,15 @@ A *label loss* is any ``(logits [N, C], y) -> scalar``; objectives with such a t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import checks, ops
 from ..reference.loss import one_hot
+
+LabelLoss = Callable[[Tensor, Tensor], Tensor]
 
 OVER = ("all", "others")
 
@@ -54,6 +58,12 @@ def hard(y: Tensor) -> Tensor:
     if y.is_floating_point():
         raise ValueError(f"y must be integer labels [N]; got soft labels {list(y.shape)}")
     return y.long()
+
+
+def checked(label_loss: LabelLoss) -> LabelLoss:
+    if not callable(label_loss):
+        raise ValueError(f"label_loss must be callable on (logits, y); got {label_loss!r}")
+    return label_loss
 
 
 def classes_of(y: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from .. import checks
 from ..attacks import PGD
 from ..engine import Model
 from ..reference.step import arithmetic
-from .base import LabelLoss, Objective, Output, clean_logits, output
-from .labels import cross_entropy
+from .base import Objective, Output, clean_logits, output
+from .labels import LabelLoss, checked, cross_entropy
 
 
 def alp_loss(
@@ -51,7 +51,7 @@ class ALP(Objective):
         together: bool = True,
     ) -> None:
         super().__init__(attack)
-        self.weight, self.label_loss, self.together = checks.number("weight", weight), label_loss, together
+        self.weight, self.label_loss, self.together = checks.number("weight", weight), checked(label_loss), together
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         attack = self.attack_on(model)
