@@ -40,7 +40,7 @@ def mean_over(values: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, values, 0.0).sum() / where.sum().clamp(min=1)
 
 
-class RST(TRADES):
+class RST(Objective):
     """Robust self-training (see :func:`rst_loss`): batches mix labelled, pseudo-labelled and unlabelled (-1) images.
 
     Args:
@@ -49,12 +49,11 @@ class RST(TRADES):
         entropy_weight: of the unlabelled images' entropy; 0 in the paper's runs.
     """
 
-    def __init__(self, attack: PGD | None = None, beta: float = 6.0, entropy_weight: float = 0.0) -> None:
-        super().__init__(attack, beta)
-        self.entropy_weight = checks.number("entropy_weight", entropy_weight)
+    PAPER: ClassVar[dict[str, Any]] = TRADES.PAPER
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor) -> Output:
-        return Objective.__call__(self, model, x, y)  # the adversarial forward comes first: nothing to share
+    def __init__(self, attack: PGD | None = None, beta: float = 6.0, entropy_weight: float = 0.0) -> None:
+        super().__init__(attack)
+        self.beta, self.entropy_weight = checks.number("beta", beta), checks.number("entropy_weight", entropy_weight)
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         checks.labels(y, x)
@@ -63,10 +62,7 @@ class RST(TRADES):
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
         logits_adv = model(x_adv)  # first, as the original: the order is that of batch norm's updates
         logits = model(x)
-        return output(self.combine(logits, logits_adv, y), y, logits, logits_adv, x_adv)
-
-    def combine(self, logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
-        return rst_loss(logits, logits_adv, y, self.beta, self.entropy_weight)
+        return output(rst_loss(logits, logits_adv, y, self.beta, self.entropy_weight), y, logits, logits_adv, x_adv)
 
 
 class RSTStability(RST):
