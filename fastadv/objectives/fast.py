@@ -73,7 +73,7 @@ class CatastrophicOverfitting:
         attack: several steps; one step sees nothing.
         drop: 0.2 in the paper's code.
 
-    ``accuracies`` holds what was seen so far, in [0, 1].
+    ``accuracies`` holds what was seen so far, in [0, 1]. Ranks of torch.distributed may hear different things: let one decide.
     """
 
     def __init__(self, attack: PGD, drop: float = 0.2) -> None:

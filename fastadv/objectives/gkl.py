@@ -57,6 +57,8 @@ def gkl_loss(
 class GKL(Objective):
     """GKL (see :func:`gkl_loss`). Call :meth:`end_epoch` after each epoch: its class means weigh the next one.
 
+    Ranks of torch.distributed share nothing here: each weighs by the predictions on its own images.
+
     Args:
         classes: how many.
         attack: default :meth:`paper_attack`: linf, eps 8/255, alpha eps/2, 5 steps on S (whose gradient is that of KL) from
