@@ -43,6 +43,8 @@ class Output:
 class Objective:
     """A training method. ``attack``: a :class:`fastadv.PGD`, or None for the paper's (:meth:`paper_attack`).
 
+    A PGD is used as it is: made without ``loss``, it ascends cross-entropy in TRADES too.
+
     Subclasses say in ``PAPER`` how their paper attacks and in :meth:`forward` what it minimises.
     """
 
