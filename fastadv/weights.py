@@ -57,7 +57,7 @@ class _WeightPerturbation:
         for name, value in (("gamma", gamma), ("alpha", 0.0 if alpha is None else alpha)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, relative to each weight's norm; got {value!r}")
-        checks.positive_int("steps", steps)
+        checks.integer("steps", steps)
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
             raise ValueError(f"warmup must be an integer >= 0, in calls of perturb(); got {warmup!r}")
         checks.one_of("sync", sync, SYNCS)

@@ -74,6 +74,8 @@ STEPS = {  # forwards' worth of a training step: 2 an attack step, 1 a forward, 
     "FGSMRS": (lambda m: fastadv.FGSMRS(), 2, 1),
     "NFGSM": (lambda m: fastadv.NFGSM(), 2, 1),
     "FeatureScatter": (lambda m: fastadv.FeatureScatter(), 2 + 1, 1),
+    "MMC": (lambda m: fastadv.MMC(10), 20, 1),
+    "Consistency": (lambda m: fastadv.Consistency(fastadv.PGDAT()), 20, 1),  # of a batch of two views
 }
 
 

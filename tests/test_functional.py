@@ -372,6 +372,14 @@ def test_centres_are_as_far_apart_as_can_be(classes, spare):
     assert torch.equal(centres, centres.tril()), "the official recursion's, not a rotation of it"
 
 
+def test_gkl_sees_small_differences_beside_a_common_shift():
+    """Of all logits by one amount, which no softmax sees."""
+    z, z_adv, _ = logits_and_labels(10)
+    z_adv, pi = (z + z_adv / 100 + 30).float(), torch.ones(ROWS, 10)
+    exact = pairwise(z.float().double(), z_adv.double(), pi.double())
+    torch.testing.assert_close(functional.weighted_mse(z.float(), z_adv, pi).double(), exact, rtol=1e-4, atol=0)
+
+
 def test_mmc_head_answers_minus_squared_distances():
     torch.manual_seed(0)
     head, features = MMCHead(5, 3, dimensions=4, norm=7.0).double(), torch.randn(6, 5, dtype=torch.float64)

@@ -71,7 +71,11 @@ def test_the_command_line_knows_every_method(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"method": "hope"}, "method must be one of 'pgd-at'"), ({"gamma": -1.0}, "gamma must be a finite number >= 0")],
+    [
+        ({"method": "hope"}, "method must be one of 'pgd-at'"),
+        ({"gamma": -1.0}, "gamma must be a finite number >= 0"),
+        ({"method": "free", "gamma": 0.005}, "gamma must be 0 with method='free'"),
+    ],
 )
 def test_bad_arguments_fail_before_any_work(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -559,7 +559,7 @@ def test_betas_and_weights_are_the_papers():
     assert (fastadv.ALP().weight, fastadv.HalfHalf().weight, fastadv.FreeAT().replays) == (0.5, 0, 8)
     gkl = fastadv.GKL(CLASSES)
     assert (gkl.alpha, gkl.beta, gkl.power, gkl.temperature) == (4, 20, 1, 4)
-    assert (fastadv.SCORE().clip, fastadv.SCOREPGDAT().clip) == (0, pytest.approx(0.1778, abs=5e-5))
+    assert fastadv.SCORE().clip == 0
 
 
 @pytest.mark.parametrize("bn", ["eval", "batch"])
@@ -735,8 +735,8 @@ def test_catastrophic_overfitting_rings_on_a_fall_and_not_before():
     model = Scripted().train()
     alarm = fastadv.CatastrophicOverfitting(fastadv.PGD(model, EPS, steps=5))
     rings = []
-    for right in (1, 9, 7, 5, 4, 1):  # noqa: B007 - the model reads it
-        rings.append(alarm(torch.rand(10, 3, 2, 2), y))
+    for right in (1, 9, 7, 5, 4, 1):
+        rings.append(alarm(torch.rand(10, 3, 2, 2), y if right % 2 else F.one_hot(y, 2).float()))
     assert rings == [False] * 5 + [True]
     assert alarm.accuracies == pytest.approx([0.1, 0.9, 0.7, 0.5, 0.4, 0.1])
     assert model.training
@@ -774,6 +774,9 @@ BAD = {
     "infinite beta": (lambda: fastadv.MART(beta=math.inf), "beta must be a finite number >= 0; got inf"),
     "beta is true": (lambda: fastadv.SCORE(beta=True), "beta must be a finite number >= 0; got True"),
     "clip": (lambda: fastadv.SCORE(clip=-0.1), "clip must be a finite number >= 0"),
+    "label_smoothing": (lambda: fastadv.SCORE(label_smoothing=-0.1), "label_smoothing must be a finite number >= 0; got -0.1"),
+    "scale": (lambda: fastadv.HypersphereMargin(-1.0, 0.2), "scale must be a finite number > 0; got -1.0"),
+    "margin": (lambda: fastadv.HypersphereMargin(10.0, None), "margin must be a finite number >= 0; got None"),
     "clip of PGD-AT": (lambda: fastadv.SCOREPGDAT(clip=math.nan), "clip must be a finite number >= 0"),
     "ALP's weight": (lambda: fastadv.ALP(weight="1"), "weight must be a finite number >= 0; got '1'"),
     "entropy_weight": (lambda: fastadv.RST(entropy_weight=-1.0), "entropy_weight must be"),
@@ -783,8 +786,8 @@ BAD = {
     "power": (lambda: fastadv.GKL(10, power=math.nan), "power must be a finite number >= 0; got nan"),
     "GKL's classes": (lambda: fastadv.GKL(1), "classes must be an integer >= 2; got 1"),
     "MMC's classes": (lambda: fastadv.MMC(True), "classes must be an integer >= 2; got True"),
-    "GKL's temperature": (lambda: fastadv.GKL(10, temperature=0.0), "temperature must be > 0; got 0.0"),
-    "Consistency's temperature": (lambda: fastadv.Consistency(fastadv.PGDAT(), temperature=-1), "temperature must be > 0"),
+    "GKL's temperature": (lambda: fastadv.GKL(10, temperature=0.0), "temperature must be a finite number > 0; got 0.0"),
+    "Consistency's temperature": (lambda: fastadv.Consistency(fastadv.PGDAT(), temperature=-1), "temperature must be"),
     "Consistency's weight": (lambda: fastadv.Consistency(fastadv.PGDAT(), weight=-1), "weight must be"),
     "Consistency of an attack": (
         lambda: fastadv.Consistency(fastadv.PGDAT.paper_attack(MODEL)),
@@ -797,7 +800,12 @@ BAD = {
     "FreeAT's eps": (lambda: fastadv.FreeAT(eps=-1.0), "eps must be"),
     "FreeAT's alpha": (lambda: fastadv.FreeAT(alpha=-1.0), "alpha must be"),
     "FreeAT's bounds": (lambda: fastadv.FreeAT(bounds=(0.0,)), "bounds must be a pair"),
-    "alarm": (lambda: fastadv.CatastrophicOverfitting(fastadv.PGD(MODEL, EPS, steps=1)), "several steps .*; got 1"),
+    "alarm": (lambda: fastadv.CatastrophicOverfitting(fastadv.PGD(MODEL, EPS, steps=1)), r"several steps .*; got PGD\("),
+    "alarm on a model": (lambda: fastadv.CatastrophicOverfitting(MODEL), "must be a fastadv.PGD of several steps"),
+    "label_loss": (lambda: fastadv.PGDAT(label_loss=0.1), r"label_loss must be callable on \(logits, y\); got 0.1"),
+    "DM's label_loss": (lambda: fastadv.DM(label_loss=0.1), "label_loss must be callable"),
+    "ALP's label_loss": (lambda: fastadv.ALP(label_loss="ce"), "label_loss must be callable"),
+    "FreeAT's label_loss": (lambda: fastadv.FreeAT(label_loss=None), "label_loss must be callable"),
     "drop": (lambda: fastadv.CatastrophicOverfitting(fastadv.PGD(MODEL, EPS), drop=-1.0), "drop must be"),
     "paper's attack": (lambda: fastadv.TRADES.paper_attack(MODEL, steps=0), "steps must be an integer >= 1"),
 }  # fmt: skip
@@ -854,12 +862,42 @@ def test_free_training_checks_its_batch():
     assert not calls
 
 
-@pytest.mark.parametrize("method", [fastadv.NFGSM, fastadv.RSTStability, fastadv.TRADES])
-def test_a_refused_batch_draws_no_random_numbers(method):
-    around = surroundings()
-    with pytest.raises(ValueError, match="bounds"):
-        method()(MODEL, X + 1, Y)
+DOORS = {
+    type(objective).__name__: objective
+    for objective in (
+        fastadv.PGDAT(),
+        fastadv.TRADES(),
+        fastadv.DM(),
+        fastadv.SCORE(),
+        fastadv.ALP(),
+        fastadv.NFGSM(),
+        fastadv.RST(),
+        fastadv.RSTStability(),
+        fastadv.FeatureScatter(),
+        fastadv.MMC(CLASSES),
+    )
+}
+
+
+@pytest.mark.parametrize("case", DOORS)
+def test_a_refused_batch_leaves_no_trace(case):
+    """Nothing is drawn, and the model does not run: not for clean logits that the attack or the loss will need either."""
+    around, calls = surroundings(), count_calls(model := net())
+    refused = [(X + 1, Y, "bounds"), ((255 * X).byte(), Y, "integer images"), (X, Y[:3], "y must be")]
+    for x, y, message in refused:
+        with pytest.raises(ValueError, match=message):
+            DOORS[case](model, x, y)
+    assert not calls
     assert surroundings() == around
+
+
+@pytest.mark.parametrize("case", ["PGDAT", "TRADES", "ALP", "FeatureScatter", "MMC"])
+def test_a_label_outside_the_classes_is_refused_before_the_attack(case):
+    """In a loss on a GPU it would be a NaN, or the end of the process."""
+    model, untouched = net(), net()
+    with pytest.raises(ValueError, match=r"y must be labels in \[0, 10\); got labels from"):
+        DOORS[case](model, X, Y + CLASSES)
+    torch.testing.assert_close(model.state_dict(), untouched.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,8 @@ class PGD:
     ) -> None:
         if not callable(model):
             raise ValueError(f"model must be callable on a batch; got {type(model).__name__}")
-        checks.positive_int("steps", steps)
-        checks.positive_int("restarts", restarts)
+        checks.integer("steps", steps)
+        checks.integer("restarts", restarts)
         checks.one_of("norm", norm, STEPS)
         checks.one_of("bn", bn, engine.BN_MODES)
         if not callable(loss):

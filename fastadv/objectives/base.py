@@ -9,16 +9,16 @@ objective.loss(model, x, y, x_adv).backward()
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from .. import checks
 from ..attacks import PGD
-from ..engine import Model
-
-LabelLoss = Callable[[Tensor, Tensor], Tensor]
+from ..engine import Model, attacking, unwrap
+from .labels import classes_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Output:
 
 class Objective:
     """A training method. ``attack``: a :class:`fastadv.PGD`, or None for the paper's (:meth:`paper_attack`).
+
+    A PGD is used as it is: made without ``loss``, it ascends cross-entropy in TRADES too.
 
     Subclasses say in ``PAPER`` how their paper attacks and in :meth:`forward` what it minimises.
     """
@@ -68,7 +70,7 @@ class Objective:
         return kept
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        """The inner maximisation: adversarial images like x, detached. The model is left as it was found."""
+        """The inner maximisation: adversarial images like x, detached. The model is left as :class:`fastadv.PGD` does."""
         return self.attack_on(model)(x, y)
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
@@ -101,9 +103,26 @@ class Objective:
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
+def check_batch(attack: PGD, x: Tensor, y: Tensor) -> None:
+    """Refuses bad images and labels, where an objective works before its attack, which would."""
+    checks.images(x, *checks.bounds(attack.bounds))
+    checks.labels(y, x)
+
+
+def clean_logits(attack: PGD, x: Tensor, y: Tensor) -> Tensor:
+    """What the attacked model answers to clean images, in the attack's mode. Raises as the attack does."""
+    check_batch(attack, x, y)
+    model = unwrap(attack.model)
+    with attacking(model, attack.bn), torch.no_grad():
+        logits: Tensor = model(x)
+    if x.numel():
+        checks.logits(logits, x, y)
+    return logits
+
+
 def output(loss: Tensor, y: Tensor, logits: Tensor | None, logits_adv: Tensor | None, x_adv: Tensor | None) -> Output:
     """An :class:`Output` with its metrics. Labels below 0 are unknown and count in no accuracy."""
-    label = y.argmax(1) if y.is_floating_point() else y
+    label = classes_of(y)
     known = label >= 0
     metrics = {
         name: ((z.detach().argmax(1) == label) & known).sum() / known.sum()

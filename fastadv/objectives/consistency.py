@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from .. import checks
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import Objective, Output
-from .labels import weight as checked
 
 
 def consistency_loss(logits_1: Tensor, logits_2: Tensor, temperature: float = 0.5) -> Tensor:
@@ -42,9 +42,8 @@ class Consistency(Objective):
         super().__init__()
         if not isinstance(objective, Objective):
             raise ValueError(f"objective must be a fastadv objective; got {type(objective).__name__}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be > 0; got {temperature!r}")
-        self.objective, self.weight, self.temperature = objective, checked("weight", weight), temperature
+        self.objective, self.weight = objective, checks.number("weight", weight)
+        self.temperature = checks.number("temperature", temperature, positive=True)
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         if len(x) % 2:

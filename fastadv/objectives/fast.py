@@ -14,8 +14,7 @@ from torch import Tensor
 from .. import checks, ops
 from ..attacks import PGD
 from ..engine import BN_MODES, Model, attacking, unwrap
-from .base import LabelLoss
-from .labels import cross_entropy, weight
+from .labels import LabelLoss, classes_of, cross_entropy
 from .pgd_at import PGDAT
 
 
@@ -51,11 +50,12 @@ class NFGSM(PGDAT):
     ) -> None:
         super().__init__(None, label_loss)
         checks.one_of("bn", bn, BN_MODES)
-        self.eps, self.noise, self.bn = weight("eps", eps), weight("noise", noise), bn
+        self.eps, self.noise, self.bn = checks.number("eps", eps), checks.number("noise", noise), bn
         self.bounds, self.generator = checks.bounds(bounds), generator
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         checks.images(x, *self.bounds)
+        checks.labels(y, x)
         seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=self.generator)
         start = ops.linf_start(x, self.noise * self.eps, *self.bounds, int(seed))
         reach = (self.noise + 1) * self.eps  # a ball that holds start and step: its projection moves nothing
@@ -73,17 +73,17 @@ class CatastrophicOverfitting:
         attack: several steps; one step sees nothing.
         drop: 0.2 in the paper's code.
 
-    ``accuracies`` holds what was seen so far, in [0, 1].
+    ``accuracies`` holds what was seen so far, in [0, 1]. Ranks of torch.distributed may hear different things: let one decide.
     """
 
     def __init__(self, attack: PGD, drop: float = 0.2) -> None:
-        if attack.steps < 2:
-            raise ValueError(f"attack must take several steps to see catastrophic overfitting; got {attack.steps}")
-        self.attack, self.drop = attack, weight("drop", drop)
+        if not isinstance(attack, PGD) or attack.steps < 2:
+            raise ValueError(f"attack must be a fastadv.PGD of several steps to see catastrophic overfitting; got {attack!r}")
+        self.attack, self.drop = attack, checks.number("drop", drop)
         self.accuracies: list[float] = []
 
     def __call__(self, x: Tensor, y: Tensor) -> bool:
         x_adv, model = self.attack(x, y), unwrap(self.attack.model)
         with attacking(model, self.attack.bn), torch.no_grad():
-            self.accuracies.append(float((model(x_adv).argmax(1) == y).float().mean()))
+            self.accuracies.append(float((model(x_adv).argmax(1) == classes_of(y)).float().mean()))
         return len(self.accuracies) > 1 and self.accuracies[-1] < self.accuracies[-2] - self.drop

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attacks import PGD
-from ..engine import Model, attacking, unwrap
+from ..engine import Model
 from ..reference.step import arithmetic
-from .base import LabelLoss, Objective, Output, output
-from .labels import LabelSmoothing
+from .base import Objective, Output, clean_logits, output
+from .labels import LabelLoss, LabelSmoothing, checked
 
 
 def transport_cost(
@@ -67,16 +67,11 @@ class FeatureScatter(Objective):
 
     def __init__(self, attack: PGD | None = None, label_loss: LabelLoss = HALF_SMOOTHED) -> None:
         super().__init__(attack)
-        self.label_loss = label_loss
+        self.label_loss = checked(label_loss)
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         attack = self.attack_on(model)
-        if not callable(attack.loss):
-            return attack(x, y)
-        inner = unwrap(attack.model)
-        with attacking(inner, attack.bn), torch.no_grad():
-            logits = inner(x)
-        return attack(x, logits)
+        return attack(x, clean_logits(attack, x, y) if callable(attack.loss) else y)
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
         logits = model(x_adv)

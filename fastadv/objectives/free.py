@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..engine import Model
-from .base import LabelLoss, Output, output
-from .labels import cross_entropy, weight
+from .base import Output, output
+from .labels import LabelLoss, checked, cross_entropy
 
 
 class FreeAT:
@@ -46,9 +46,9 @@ class FreeAT:
         bounds: tuple[float, float] | None = (0.0, 1.0),
         reclamp: bool = True,
     ) -> None:
-        self.eps, self.alpha = weight("eps", eps), weight("alpha", eps if alpha is None else alpha)
-        checks.positive_int("replays", replays)
-        self.replays, self.label_loss, self.bounds, self.reclamp = replays, label_loss, checks.bounds(bounds), reclamp
+        self.eps, self.alpha = checks.number("eps", eps), checks.number("alpha", eps if alpha is None else alpha)
+        self.replays, self.label_loss = checks.integer("replays", replays), checked(label_loss)
+        self.bounds, self.reclamp = checks.bounds(bounds), reclamp
         self._delta: Tensor | None = None
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Iterator[Output]:

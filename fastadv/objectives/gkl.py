@@ -15,23 +15,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import checks, ops
 from ..attacks import PGD
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import Objective, Output, output
-from .labels import cross_entropy, hard, weight
+from .labels import cross_entropy, hard
 
 
 def weighted_mse(logits: Tensor, logits_adv: Tensor, pi: Tensor) -> Tensor:
     """M: the weighted squared differences of all pairs of logits, in O(N C) where the definition takes O(N C^2).
 
-    With d = z - z', S_i = sum_j pi_ij and m_i = sum_j pi_ij d_ij: 1/2 sum_i (S_i sum_j pi_ij d_ij^2 - m_i^2) / sum_i S_i^2.
+    With d = z - z', S_i = sum_j pi_ij and m_i = sum_j pi_ij d_ij / S_i: 1/2 sum_i S_i sum_j pi_ij (d_ij - m_i)^2 / sum_i S_i^2.
     """
     d = arithmetic(logits) - arithmetic(logits_adv)
     pi = pi.to(d)
-    mass, mean = pi.sum(1), (pi * d).sum(1)
-    return (mass * (pi * d * d).sum(1) - mean * mean).sum() / (2 * mass.square().sum())
+    mass = pi.sum(1, keepdim=True)
+    spread = d - (pi * d).sum(1, keepdim=True) / mass  # before squaring: nothing cancels
+    return (mass * pi * spread.square()).sum() / (2 * mass.square().sum())
 
 
 def gkl_loss(
@@ -56,6 +57,8 @@ def gkl_loss(
 class GKL(Objective):
     """GKL (see :func:`gkl_loss`). Call :meth:`end_epoch` after each epoch: its class means weigh the next one.
 
+    Ranks of torch.distributed share nothing here: each weighs by the predictions on its own images.
+
     Args:
         classes: how many.
         attack: default :meth:`paper_attack`: linf, eps 8/255, alpha eps/2, 5 steps on S (whose gradient is that of KL) from
@@ -76,12 +79,10 @@ class GKL(Objective):
         temperature: float = 4.0,
     ) -> None:
         super().__init__(attack)
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
-            raise ValueError(f"classes must be an integer >= 2; got {classes!r}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be > 0; got {temperature!r}")
-        self.alpha, self.beta = weight("alpha", alpha), weight("beta", beta)
-        self.power, self.temperature = weight("power", power), temperature
+        checks.integer("classes", classes, 2)
+        self.alpha, self.beta = checks.number("alpha", alpha), checks.number("beta", beta)
+        self.power = checks.number("power", power)
+        self.temperature = checks.number("temperature", temperature, positive=True)
         self.class_means: Tensor | None = None
         self._sums, self._counts = torch.zeros(classes, classes), torch.zeros(classes)
 

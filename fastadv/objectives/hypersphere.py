@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from ..reference.loss import one_hot
 from ..reference.step import arithmetic
 from .labels import cross_entropy, hard
@@ -36,7 +37,7 @@ class HypersphereMargin:
     """:func:`hypersphere_loss` as a label loss: ``PGDAT(label_loss=HypersphereMargin(10.0, 0.2))``."""
 
     def __init__(self, scale: float, margin: float) -> None:
-        self.scale, self.margin = scale, margin
+        self.scale, self.margin = checks.number("scale", scale, positive=True), checks.number("margin", margin)
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
         return hypersphere_loss(logits, y, self.scale, self.margin)

@@ -5,13 +5,15 @@ A *label loss* is any ``(logits [N, C], y) -> scalar``; objectives with such a t
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import checks, ops
 from ..reference.loss import one_hot
+
+LabelLoss = Callable[[Tensor, Tensor], Tensor]
 
 OVER = ("all", "others")
 
@@ -58,8 +60,12 @@ def hard(y: Tensor) -> Tensor:
     return y.long()
 
 
-def weight(name: str, value: float) -> float:
-    """A term's factor in a loss: finite and not negative."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number >= 0; got {value!r}")
-    return float(value)
+def checked(label_loss: LabelLoss) -> LabelLoss:
+    if not callable(label_loss):
+        raise ValueError(f"label_loss must be callable on (logits, y); got {label_loss!r}")
+    return label_loss
+
+
+def classes_of(y: Tensor) -> Tensor:
+    """Class indices [N]; of soft labels, the likeliest."""
+    return y.argmax(1) if y.is_floating_point() else y

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .. import ops
+from .. import checks, ops
 from ..attacks import PGD
 from ..engine import Model
 from ..reference.loss import pick, without
 from ..reference.step import arithmetic
 from .base import Objective, Output, output
-from .labels import hard, weight
+from .labels import hard
 
 TINY = 1e-12  # the original's, inside every logarithm of q
 
@@ -50,7 +50,7 @@ class MART(Objective):
 
     def __init__(self, attack: PGD | None = None, beta: float = 5.0) -> None:
         super().__init__(attack)
-        self.beta = weight("beta", beta)
+        self.beta = checks.number("beta", beta)
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
         logits, logits_adv = model(x), model(x_adv)

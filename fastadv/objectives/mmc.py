@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..attacks import PGD
 from ..engine import Model
 from ..reference.loss import pick
 from ..reference.step import arithmetic
+from .base import check_batch
 from .labels import hard
 from .pgd_at import PGDAT
 
@@ -28,13 +30,14 @@ def mmc_centres(classes: int, dimensions: int, norm: float = 10.0) -> Tensor:
     """
     if classes < 2 or dimensions < classes - 1:
         raise ValueError(f"mmc_centres needs classes >= 2 and dimensions >= classes - 1; got {classes} and {dimensions}")
-    centres = torch.zeros(classes, max(dimensions, classes), dtype=torch.float64)
-    centres[0, 0] = 1.0
-    for k in range(1, classes):
-        for j in range(k):
-            centres[k, j] = -(1 / (classes - 1) + centres[k] @ centres[j]) / centres[j, j]
-        centres[k, k] = (1 - centres[k].square().sum()).abs().sqrt()
-    return centres[:, :dimensions] * norm  # the last class needs no dimension of its own
+    # The official recursion, solved: centre j takes what is left of its length in dimension j, and those after it share the
+    # opposite. The last needs no dimension of its own.
+    after = torch.arange(classes - 1, 0, -1, dtype=torch.float64)  # of centre j: classes - 1 - j
+    own = (classes / (classes - 1) * after / (after + 1)).sqrt()
+    centres = torch.zeros(classes, dimensions, dtype=torch.float64)
+    centres[:, : classes - 1] = (-own / after).expand(classes, -1).tril(-1)
+    centres.diagonal()[: classes - 1] = own
+    return centres * norm
 
 
 def mmc_distance(logits: Tensor, y: Tensor) -> Tensor:
@@ -77,13 +80,13 @@ class MMC(PGDAT):
 
     def __init__(self, classes: int, attack: PGD | None = None, generator: torch.Generator | None = None) -> None:
         super().__init__(attack, mmc_loss)
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
-            raise ValueError(f"classes must be an integer >= 2; got {classes!r}")
-        self.classes, self.generator = classes, generator
+        self.classes, self.generator = checks.integer("classes", classes, 2), generator
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         attack = self.attack_on(model)
         if not attack.targeted:
             return attack(x, y)
+        check_batch(attack, x, y)
+        checks.label_range(hard(y), self.classes)
         offset = torch.empty_like(y, dtype=torch.int64).random_(1, self.classes, generator=self.generator)
         return attack(x, (y + offset) % self.classes)

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..attacks import PGD
-from ..engine import Model, attacking, unwrap
+from ..engine import Model
 from ..reference.step import arithmetic
-from .base import LabelLoss, Objective, Output, output
-from .labels import cross_entropy
-from .labels import weight as checked
+from .base import Objective, Output, clean_logits, output
+from .labels import LabelLoss, checked, cross_entropy
 
 
 def alp_loss(
@@ -51,16 +51,13 @@ class ALP(Objective):
         together: bool = True,
     ) -> None:
         super().__init__(attack)
-        self.weight, self.label_loss, self.together = checked("weight", weight), label_loss, together
+        self.weight, self.label_loss, self.together = checks.number("weight", weight), checked(label_loss), together
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         attack = self.attack_on(model)
         if not attack.targeted:
             return attack(x, y)
-        inner = unwrap(attack.model)
-        with attacking(inner, attack.bn), torch.no_grad():
-            least_likely = inner(x).argmin(1)
-        return attack(x, least_likely)
+        return attack(x, clean_logits(attack, x, y).argmin(1))
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
         logits, logits_adv = model(torch.cat([x, x_adv])).chunk(2) if self.together else (model(x), model(x_adv))

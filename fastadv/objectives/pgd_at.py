@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..attacks import PGD
 from ..engine import Model
-from .base import LabelLoss, Objective, Output, output
-from .labels import cross_entropy
+from .base import Objective, Output, output
+from .labels import LabelLoss, checked, cross_entropy
 
 
 class PGDAT(Objective):
@@ -29,7 +29,7 @@ class PGDAT(Objective):
 
     def __init__(self, attack: PGD | None = None, label_loss: LabelLoss = cross_entropy) -> None:
         super().__init__(attack)
-        self.label_loss = label_loss
+        self.label_loss = checked(label_loss)
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
         logits = model(x_adv)

@@ -17,7 +17,7 @@ from ..attacks import PGD
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import Objective, Output, output
-from .labels import hard, weight
+from .labels import hard
 from .trades import TRADES
 
 
@@ -40,7 +40,7 @@ def mean_over(values: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, values, 0.0).sum() / where.sum().clamp(min=1)
 
 
-class RST(TRADES):
+class RST(Objective):
     """Robust self-training (see :func:`rst_loss`): batches mix labelled, pseudo-labelled and unlabelled (-1) images.
 
     Args:
@@ -49,23 +49,20 @@ class RST(TRADES):
         entropy_weight: of the unlabelled images' entropy; 0 in the paper's runs.
     """
 
-    def __init__(self, attack: PGD | None = None, beta: float = 6.0, entropy_weight: float = 0.0) -> None:
-        super().__init__(attack, beta)
-        self.entropy_weight = weight("entropy_weight", entropy_weight)
+    PAPER: ClassVar[dict[str, Any]] = TRADES.PAPER
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor) -> Output:
-        return Objective.__call__(self, model, x, y)  # the adversarial forward comes first: nothing to share
+    def __init__(self, attack: PGD | None = None, beta: float = 6.0, entropy_weight: float = 0.0) -> None:
+        super().__init__(attack)
+        self.beta, self.entropy_weight = checks.number("beta", beta), checks.number("entropy_weight", entropy_weight)
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        checks.labels(y, x)
         return self.attack_on(model)(x)
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
         logits_adv = model(x_adv)  # first, as the original: the order is that of batch norm's updates
         logits = model(x)
-        return output(self.combine(logits, logits_adv, y), y, logits, logits_adv, x_adv)
-
-    def combine(self, logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
-        return rst_loss(logits, logits_adv, y, self.beta, self.entropy_weight)
+        return output(rst_loss(logits, logits_adv, y, self.beta, self.entropy_weight), y, logits, logits_adv, x_adv)
 
 
 class RSTStability(RST):
@@ -88,9 +85,10 @@ class RSTStability(RST):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(None, beta, entropy_weight)
-        self.sigma, self.bounds, self.generator = weight("sigma", sigma), checks.bounds(bounds), generator
+        self.sigma, self.bounds, self.generator = checks.number("sigma", sigma), checks.bounds(bounds), generator
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         checks.images(x, *self.bounds)
+        checks.labels(y, x)
         noise = torch.empty_like(x).normal_(std=self.sigma, generator=self.generator)
         return noise.add_(x.detach()).clamp_(*self.bounds)

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .. import ops
+from .. import checks, ops
 from ..attacks import PGD
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import Objective, Output, output
-from .labels import smooth_labels, weight
+from .labels import smooth_labels
 from .trades import TRADES
 
 
@@ -72,7 +72,8 @@ class SCORE(TRADES):
         bn_parity: bool = False,
     ) -> None:
         super().__init__(attack, beta, bn_parity=bn_parity)
-        self.clip, self.clip_clean, self.label_smoothing = weight("clip", clip), clip_clean, label_smoothing
+        self.clip, self.clip_clean = checks.number("clip", clip), clip_clean
+        self.label_smoothing = checks.number("label_smoothing", label_smoothing)
 
     def combine(self, logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
         return score_loss(logits, logits_adv, y, self.beta, self.clip, self.clip_clean, self.label_smoothing)
@@ -83,15 +84,16 @@ class SCOREPGDAT(Objective):
 
     Args:
         attack: default :meth:`paper_attack`: linf, eps 8/255, alpha 2/255, 10 steps on :func:`label_error`, ``bn="train"``.
-        clip: the paper: ``clip_of(0.4, C)``, 0.178 at 10 classes, the default.
+        clip: default: the paper's ``clip_of(0.4, C)``, 0.178 at 10 classes.
     """
 
     PAPER: ClassVar[dict[str, Any]] = {"eps": 8 / 255, "alpha": 2 / 255, "steps": 10, "loss": label_error, "bn": "train"}
 
-    def __init__(self, attack: PGD | None = None, clip: float = clip_of(0.4, 10)) -> None:
+    def __init__(self, attack: PGD | None = None, clip: float | None = None) -> None:
         super().__init__(attack)
-        self.clip = weight("clip", clip)
+        self.clip = None if clip is None else checks.number("clip", clip)
 
     def forward(self, model: Model, x: Tensor, y: Tensor, x_adv: Tensor) -> Output:
         logits = model(x_adv)
-        return output((label_error(logits, y) - self.clip).relu().mean(), y, None, logits, x_adv)
+        clip = clip_of(0.4, logits.shape[1]) if self.clip is None else self.clip
+        return output((label_error(logits, y) - clip).relu().mean(), y, None, logits, x_adv)

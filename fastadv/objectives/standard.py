@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..engine import Model
-from .base import LabelLoss, Objective, Output, output
-from .labels import cross_entropy
+from .base import Objective, Output, output
+from .labels import LabelLoss, checked, cross_entropy
 
 
 class Standard(Objective):
@@ -14,7 +14,7 @@ class Standard(Objective):
 
     def __init__(self, label_loss: LabelLoss = cross_entropy) -> None:
         super().__init__()
-        self.label_loss = label_loss
+        self.label_loss = checked(label_loss)
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         return x

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import checks, ops
 from ..attacks import PGD
 from ..engine import Model, unwrap
-from .base import LabelLoss, Objective, Output, output
-from .labels import LabelSmoothing, cross_entropy, weight
+from .base import Objective, Output, check_batch, output
+from .labels import LabelLoss, LabelSmoothing, checked, cross_entropy
 
 
 def trades_loss(
@@ -54,12 +54,13 @@ class TRADES(Objective):
         bn_parity: bool = False,
     ) -> None:
         super().__init__(attack)
-        self.beta, self.label_loss, self.bn_parity = weight("beta", beta), label_loss, bn_parity
+        self.beta, self.label_loss, self.bn_parity = checks.number("beta", beta), checked(label_loss), bn_parity
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Output:
         attack = self.attack_on(model)
         if attack.bn != "batch" or not getattr(model, "training", False) or unwrap(attack.model) is not unwrap(model):
             return super().__call__(model, x, y)
+        check_batch(attack, x, y)
         # The attack's clean forward, on the statistics of the batch, is the training step's own.
         logits = model(x)
         x_adv = attack(x, y, logits_ref=logits.detach())
@@ -84,7 +85,7 @@ TENTH_SMOOTHED = LabelSmoothing(0.1)
 
 
 class DM(TRADES):
-    """TRADES as DM-Improves-AT trains on diffusion data (Wang et al., 2023). Arguments as :class:`TRADES`, with other defaults.
+    """TRADES as DM-Improves-AT trains (Wang et al., 2023). Arguments as :class:`TRADES`, but for ``bn_parity``.
 
     beta 5, label smoothing of 0.1 over all classes, and linf, eps 8/255, alpha 2/255, 10 steps on KL from a uniform start, on
     batch statistics that the attack leaves alone.
