@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,6 +78,12 @@ class _WeightPerturbation:
             raise ValueError(
                 "restore='after_step' with sync='local' lets ranks drift apart (weight decay acts on each rank's own "
                 "perturbed weights); use sync='global' or restore='before_step'"
+            )
+        if sync == "auto" and self._ranks() > 1 and not self._is_global and not _is_sharded(self._selected()):
+            warnings.warn(
+                "each rank perturbs its weights by its own gradient, since model does not hold DistributedDataParallel: "
+                "pass the wrapper, or say sync='global' or 'local'",
+                stacklevel=3,
             )
 
     def state_dict(self) -> dict[str, int]:

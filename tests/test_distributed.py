@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -200,6 +201,16 @@ def a_local_perturbation_cannot_be_taken_off_after_the_step() -> None:
         for build in (fastadv.AWP, fastadv.RWP):
             with pytest.raises(ValueError, match=r"restore='after_step' with sync='local' lets ranks drift apart"):
                 build(model, sync=sync, restore="after_step")
+
+
+@check
+def a_perturbation_that_is_local_by_itself_says_so() -> None:
+    with pytest.warns(UserWarning, match="each rank perturbs its weights by its own gradient"):
+        fastadv.AWP(net())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastadv.AWP(net(), sync="local")
+        fastadv.AWP(DistributedDataParallel(net()))
 
 
 @check

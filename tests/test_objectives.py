@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -551,6 +552,20 @@ def test_paper_attacks(method):
 def test_methods_without_an_attack_of_their_own(method):
     with pytest.raises(TypeError, match="eps"):
         method.paper_attack(net())
+
+
+def test_an_attack_that_ascends_by_default_what_the_method_does_not_is_told():
+    """TRADES with CE is a variant that people run, and a slip that they do not notice."""
+    model = cnn()
+    with pytest.warns(UserWarning, match=r"ascends 'ce', where TRADES's ascends 'kl': TRADES.paper_attack"):
+        fastadv.TRADES(fastadv.PGD(model, eps=0.1))
+    with pytest.warns(UserWarning, match="MMC's ascends mmc_distance"):
+        fastadv.MMC(10, fastadv.PGD(model, eps=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastadv.TRADES(fastadv.PGD(model, eps=0.1, loss="margin"))
+        fastadv.TRADES(fastadv.TRADES.paper_attack(model))
+        fastadv.MART(fastadv.PGD(model, eps=0.1))
 
 
 def test_betas_and_weights_are_the_papers():

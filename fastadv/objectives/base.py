@@ -9,6 +9,7 @@ objective.loss(model, x, y, x_adv).backward()
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,7 +44,7 @@ class Output:
 class Objective:
     """A training method. ``attack``: a :class:`fastadv.PGD`, or None for the paper's (:meth:`paper_attack`).
 
-    A PGD is used as it is: made without ``loss``, it ascends cross-entropy in TRADES too.
+    A PGD is used as it is: made without ``loss``, it ascends cross-entropy in TRADES too (a warning says so).
 
     Subclasses say in ``PAPER`` how their paper attacks and in :meth:`forward` what it minimises.
     """
@@ -53,6 +54,11 @@ class Objective:
     def __init__(self, attack: PGD | None = None) -> None:
         if attack is not None and not isinstance(attack, PGD):
             raise ValueError(f"attack must be a fastadv.PGD, or None for the paper's; got {type(attack).__name__}")
+        inner = self.PAPER.get("loss", "ce")
+        if attack is not None and attack.loss == "ce" != inner:
+            name, shown = type(self).__name__, getattr(inner, "__name__", repr(inner))
+            message = f"this attack ascends 'ce', where {name}'s ascends {shown}: {name}.paper_attack(model, eps=...) does"
+            warnings.warn(message, stacklevel=3)
         self.attack = attack
 
     @classmethod

@@ -57,7 +57,6 @@ class SCORE(TRADES):
         attack: default :meth:`paper_attack`: linf, eps 8/255, alpha 2/255, 10 steps on ``|q - p|^2``, bn "batch".
         beta: 4 (3 in the released models; 6, with ``clip_clean`` and ``clip=clip_of(0.3, C)``, without extra data).
         clip, clip_clean, label_smoothing: as :func:`score_loss`.
-        bn_parity: as :class:`TRADES`.
     """
 
     PAPER: ClassVar[dict[str, Any]] = {"eps": 8 / 255, "alpha": 2 / 255, "steps": 10, "loss": "se", "bn": "batch"}
@@ -69,9 +68,8 @@ class SCORE(TRADES):
         clip: float = 0.0,
         clip_clean: bool = False,
         label_smoothing: float = 0.0,
-        bn_parity: bool = False,
     ) -> None:
-        super().__init__(attack, beta, bn_parity=bn_parity)
+        super().__init__(attack, beta)
         self.clip, self.clip_clean = checks.number("clip", clip), clip_clean
         self.label_smoothing = checks.number("label_smoothing", label_smoothing)
 
