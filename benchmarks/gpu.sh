@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, offline. Parts, by name; all by default, which takes about twenty minutes:
-#     OUT=/tmp/out bash benchmarks/gpu.sh [tests] [sanitize] [profile] [steps] [losses] [attacks]
+#     OUT=/tmp/out bash benchmarks/gpu.sh [tests] [sanitize] [profile] [steps] [losses] [attacks] [training]
 # Each part has a time limit, and a part that fails or is cut off does not stop the others. Four calls of less than nine
-# minutes each, the build included: `tests`, `sanitize profile`, `steps attacks`, `losses`.
-# $OUT gets log.txt (everything printed), profile.txt (ncu) and steps.json, losses.json, attacks.json.
+# minutes each, the build included: `tests`, `sanitize profile`, `steps attacks training`, `losses`.
+# $OUT gets log.txt (everything printed), profile.txt (ncu) and steps.json, losses.json, attacks.json, training.json.
 # Needs, installed: torch with CUDA, triton, nvcc, pybind11, ninja, pytest, tabulate; uses pytest-xdist, compute-sanitizer and
 # ncu where they are.
 set -uo pipefail
@@ -56,11 +56,12 @@ benchmark() { # NAME SECONDS CASES...
 }
 steps() { benchmark steps 300 _step_; }
 losses() { benchmark losses 400 'ce ' 'log_odds ' 'margin ' 'dlr ' 'kl ' 'se '; }
-attacks() { benchmark attacks 60 pgd-; }
+attacks() { benchmark attacks 60 pgd-10; }
+training() { benchmark training 90 awp train; }
 
 main() {
   local parts=("$@") part status=0 summary=()
-  [ $# -gt 0 ] || parts=(tests sanitize profile steps losses attacks)
+  [ $# -gt 0 ] || parts=(tests sanitize profile steps losses attacks training)
   for part in build "${parts[@]}"; do
     printf '\n=== %s (%d s)\n' "$part" "$SECONDS"
     if "$part"; then summary+=("$part: passed"); else
@@ -75,7 +76,7 @@ main() {
 }
 
 for part in "$@"; do
-  case $part in tests | sanitize | profile | steps | losses | attacks) ;; *)
+  case $part in tests | sanitize | profile | steps | losses | attacks | training) ;; *)
     echo "no part is called $part" >&2
     exit 2
     ;;
