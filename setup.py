@@ -24,7 +24,7 @@ import sysconfig
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -148,7 +148,7 @@ if not can_compile():
     print("\n*** fastadv: no C++ compiler or no Python.h; installing without native kernels. ***\n", file=sys.stderr)
 
 setup(
-    packages=["fastadv", "fastadv.reference", "fastadv.attacks", "fastadv.kernels"],
+    packages=[*find_packages(include=["fastadv", "fastadv.*"]), "fastadv.kernels"],
     package_dir={"fastadv.kernels": "kernels"},
     package_data={"fastadv": ["py.typed"]},
     ext_modules=[Extension("fastadv._C", sources=[])] if can_compile() else [],

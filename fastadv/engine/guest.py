@@ -1,4 +1,4 @@
-"""How an attack runs a model: nothing but forward passes and input gradients, and the model left as it was found."""
+"""The model of somebody else: run for forward passes and input gradients, and left as it was found."""
 
 from __future__ import annotations
 
