@@ -12,7 +12,7 @@ import torch
 from tabulate import tabulate
 
 import fastadv
-from fastadv import info
+from fastadv import info, machine
 
 from . import peers
 from .timing import CLOCKS, Case, Result
@@ -26,7 +26,7 @@ HEADERS = (
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """Where and with what: enough to tell whether two results may be compared."""
-    cpu = f"{info.cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+    cpu = f"{machine.cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
     backed = (*fastadv.ops.STEPS, *fastadv.ops.WEIGHTS, *fastadv.ops.LOSSES)
     dirty = _git("status", "--porcelain", "--untracked-files=no")
     return {

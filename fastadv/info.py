@@ -9,6 +9,7 @@ import torch
 
 from . import native, ops
 from ._version import __version__
+from .machine import device_name
 
 
 def environment() -> dict[str, str]:
@@ -19,7 +20,7 @@ def environment() -> dict[str, str]:
         "triton": version("triton"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{device_name(torch.device('cpu'))}, {torch.backends.cpu.get_cpu_capability()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
@@ -64,15 +65,6 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def cpu_name() -> str:
-    """The model of the processor."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

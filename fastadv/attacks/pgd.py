@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import checks, engine, ops
+from .. import checks, ops
+from ..engine import BN_MODES, Engine, Loop, Losses, Model, Passes, attacking, round_towards, unwrap
+from ..engine import Stats as EngineStats
 from ..reference.step import Scalar, per_sample
-
-CustomLoss = Callable[[Tensor, Tensor | None], Tensor]
+from .losses import DIVERGENCES, LABEL_LOSSES, AttackLoss, CustomLoss
 
 STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
-LABEL_LOSSES = {"ce": ops.ce, "margin": ops.margin, "dlr": ops.dlr}
-DIVERGENCES = {"kl": ops.kl, "se": ops.se}
 INITS = ("uniform", "normal", "zero")
 NORMAL_SCALE = 1e-3  # TRADES' start: x + 0.001 N(0, 1)
 
@@ -43,7 +42,8 @@ class AttackInfo:
         zero_grad: whether the last input gradient was zero everywhere, which is what gradient masking looks like.
         nan_grad: whether the last input gradient held a NaN.
         success: whether the returned image fools the model, where the attack evaluated it (keep_best, early_stop or
-            several restarts); else None.
+            several restarts); else None. Where the attack ran in lower precision, on a twin or compiled, the model itself was
+            asked once more, and this is its answer.
         loss: the loss of the returned image, likewise. For "ce" under bn "eval" in its attack form, log((1 - p_y) / p_y).
         forwards: forward passes of the model.
     """
@@ -76,10 +76,22 @@ class PGD:
         keep_best: return the best iterate of each sample instead of the last (one more forward a restart). Best is a
             fooling image before any other, then the highest loss.
         early_stop: a sample that fools the model moves no further, and the attack ends when all do. Implies keep_best;
-            waits for the device at each step.
+            waits for the device at each step. Under bn "eval" and a loss by name the others go on in smaller batches.
         generator: source of the random start; default: torch's global one.
+        engine: "eager"; "compile": forward, loss and backward as one compiled graph (torch.compile; minutes for a large model,
+            once a shape), replayed as a CUDA graph on a GPU; "graph": the step recorded as a CUDA graph and replayed, the same
+            bits with one launch; "auto": measures these and memory layouts once for each model and shape and remembers the
+            fastest (:mod:`fastadv.engine.choices`). Each from the second call with inputs of some shape on: the first is eager.
+        precision: "fp32": the model runs as the caller runs it; "bf16", "fp16": under autocast; "auto": bf16 where the hardware
+            multiplies in it. The images stay in fp32.
+        twin: attack a copy of the model, with batch norms folded into convolutions, weights cast once and channels_last,
+            brought up to date at each call. Needs bn "eval" and a model that torch.fx can trace; else a line in the log says why the
+            model itself is attacked.
+        memory: "signs" saves for the backward pass only what an input's gradient needs: of a ReLU the signs, of convolutions
+            and linear layers nothing. The same bits, several times larger batches, somewhat slower.
 
-    ``eps`` and ``alpha`` may be assigned between calls. ``info`` (:class:`AttackInfo`) describes the last call.
+    ``eps`` and ``alpha`` may be assigned between calls. ``info`` (:class:`AttackInfo`) describes the last call, ``stats``
+    (:class:`fastadv.engine.Stats`) how all calls were executed.
 
     Raises:
         ValueError: an argument, x, y or the model's output is not as described; nothing has been changed then.
@@ -87,7 +99,7 @@ class PGD:
 
     def __init__(
         self,
-        model: engine.Model,
+        model: Model,
         eps: Scalar,
         alpha: Scalar | None = None,
         steps: int = 10,
@@ -101,13 +113,17 @@ class PGD:
         keep_best: bool = False,
         early_stop: bool = False,
         generator: torch.Generator | None = None,
+        engine: str = "eager",
+        precision: str = "fp32",
+        twin: bool = False,
+        memory: str = "normal",
     ) -> None:
         if not callable(model):
             raise ValueError(f"model must be callable on a batch; got {type(model).__name__}")
         checks.integer("steps", steps)
         checks.integer("restarts", restarts)
         checks.one_of("norm", norm, STEPS)
-        checks.one_of("bn", bn, engine.BN_MODES)
+        checks.one_of("bn", bn, BN_MODES)
         if not callable(loss):
             checks.one_of("loss", loss, [*LABEL_LOSSES, *DIVERGENCES])
         if not isinstance(init, Tensor):
@@ -122,6 +138,7 @@ class PGD:
         self.model, self.eps, self.alpha, self.steps, self.norm, self.loss = model, eps, alpha, steps, norm, loss
         self.init, self.bn, self.restarts, self.targeted, self.bounds = init, bn, restarts, targeted, bounds
         self.keep_best, self.early_stop, self.generator = keep_best, early_stop, generator
+        self.engine = Engine(engine, precision, twin, memory, bn)
         self.info: AttackInfo | None = None
         self._check_sizes()
 
@@ -147,83 +164,104 @@ class PGD:
         if logits_ref is not None:
             checks.logits(logits_ref, x, y, source="logits_ref must be")
         if x.numel() == 0:
-            self.info = AttackInfo(*_zero_and_nan(None, x), None, None, 0)
+            nothing = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            self.info = AttackInfo(nothing, nothing, None, None, 0)
             return x.detach().clone()
-        model = engine.unwrap(self.model)
-        with engine.attacking(model, self.bn):
+        model = unwrap(self.model)
+        with attacking(model, self.bn):
             x_adv, self.info = self._attack(model, x.detach(), y, logits_ref, lo, hi)
         if x_adv.device.type == "cpu" and bool(self.info.nan_grad.any()):
             message = "some input gradients are NaN; these elements were not moved (see attack.info.nan_grad)"
             warnings.warn(NaNGradientWarning(message), stacklevel=2)
         return x_adv
 
+    @property
+    def stats(self) -> EngineStats:
+        """How the calls so far were executed."""
+        return self.engine.stats
+
     # ------------------------------------------------------------------------------------------------------ the attack
 
     def _attack(
-        self, model: engine.Model, x: Tensor, y: Tensor | None, logits_ref: Tensor | None, lo: float, hi: float
+        self, model: Model, x: Tensor, y: Tensor | None, logits_ref: Tensor | None, lo: float, hi: float
     ) -> tuple[Tensor, AttackInfo]:
-        # The image is kept in fp32 (or wider) whatever precision x and the model have: sums of small steps need it.
-        centre = x.to(torch.promote_types(x.dtype, torch.float32))
-        farthest = per_sample(self.eps, x, torch.float64) if self.norm == "linf" else math.inf
         if y is not None and y.is_inference():
             y = y.clone()  # an inference tensor cannot be saved for a custom loss's backward
+        # The image is kept in fp32 (or wider) whatever precision x and the model have: sums of small steps need it.
+        centre = x.to(torch.promote_types(x.dtype, torch.float32))
+        loss = AttackLoss(self.loss, self.targeted, self.bn != "eval")
+        tracking = self.keep_best or self.early_stop
+        compared = tracking or self.restarts > 1
         alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
-        towards = -1 if self.targeted else 1  # the score is what the attack ascends: the loss, or minus it
-        every_iterate = self.keep_best or self.early_stop
-        best = _Best() if every_iterate or self.restarts > 1 else None
-        buffers: tuple[Tensor, Tensor] | None = None
+        passes = self.engine.passes(model, x, lambda logits: checks.logits(logits, x, y))
+
+        reference = logits_ref.detach() if logits_ref is not None else None  # clean logits
         forwards = 0
-
-        def forward(inputs: Tensor) -> Tensor:
-            nonlocal forwards
-            logits = model(inputs)
-            if not forwards:
-                checks.logits(logits, x, y)
-            forwards += 1
-            return logits  # type: ignore[no-any-return]
-
-        def evaluate(adv: Tensor, candidate: bool) -> tuple[Tensor, Tensor, Tensor]:
-            """The model's input, its logits and their gradient; a candidate may become the best image."""
-            nonlocal buffers
-            inputs = adv if adv.dtype == x.dtype else engine.round_towards(x, adv, farthest)
-            logits = forward(inputs.requires_grad_())
-            loss, dlogits = buffers = self._loss(logits.detach(), y, reference, buffers)
-            if best is not None and candidate:
-                best.update(inputs.detach(), towards * loss, self._fooled(logits, label))
-            return inputs, logits, dlogits
-
-        reference = None  # clean logits, where something is measured from them
-        if self._is_divergence or (self.loss == "dlr" and self.targeted) or (best is not None and y is None):
+        if reference is None and (loss.needs_reference or (compared and y is None)):
             with torch.no_grad():
-                reference = forward(x) if logits_ref is None else logits_ref.detach()
-        label = _hard_labels(reference if y is None else y)
-        step_, gradient = STEPS[self.norm], None
+                reference, forwards = passes.logits(x), 1
+        loop = _Ascent(
+            adv=centre, centre=centre, y=y, reference=reference, label=_hard_labels(reference if y is None else y),
+            eps=self.eps, alpha=-alpha if self.targeted else alpha, lo=lo, hi=hi, dtype=x.dtype,
+            norm=self.norm, loss=loss, tracking=tracking, early_stop=self.early_stop,
+        )  # fmt: skip
+        loop.passes = passes
+        if compared:
+            loop.image, loop.fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            loop.score = torch.full_like(loop.fooled, -math.inf, dtype=centre.dtype)
+        loop.zero_grad, loop.nan_grad = torch.zeros(2, len(x), dtype=torch.bool, device=x.device)
 
+        exact = True
         for _ in range(self.restarts):
-            adv, moving = self._start(centre, lo, hi, may_be_returned=every_iterate), alpha
-            for _ in range(self.steps):
-                gradient = None  # frees its memory, which the next one then takes without new page faults
-                inputs, logits, dlogits = evaluate(adv, candidate=every_iterate)
-                if best is not None and self.early_stop:
-                    if best.all_fooled():
-                        break
-                    moving = torch.where(best.fooled, 0.0, torch.as_tensor(alpha, dtype=torch.float64, device=x.device))
-                gradient = engine.input_gradient(logits, inputs, dlogits)
-                with torch.no_grad():
-                    step_(adv, gradient, centre, towards * moving, self.eps, lo, hi)
-            else:
-                if best is not None:
-                    with torch.no_grad():
-                        evaluate(adv, candidate=True)
-            if best is not None and self.early_stop and best.all_fooled():
+            loop.adv = self._start(centre, lo, hi, may_be_returned=tracking)
+            passed, as_the_model = self._ascend(loop, model)
+            forwards, exact = forwards + passed, exact and as_the_model
+            if self.early_stop and bool(loop.fooled.all()):
                 break
 
-        zero, nan = _zero_and_nan(gradient, x)
-        if best is not None:
-            return best.image, AttackInfo(zero, nan, best.fooled, towards * best.score, forwards)
-        adv = adv.detach()
-        x_adv = adv if adv.dtype == x.dtype else engine.round_towards(x, adv, farthest)
-        return x_adv, AttackInfo(zero, nan, None, None, forwards)
+        if not compared:
+            return loop.inputs().detach(), AttackInfo(loop.zero_grad, loop.nan_grad, None, None, forwards)
+        if not exact:
+            forwards += self._score_again(loop, Passes(model), None if logits_ref is None else logits_ref.detach())
+        found = -loop.score if self.targeted else loop.score
+        return loop.image, AttackInfo(loop.zero_grad, loop.nan_grad, loop.fooled, found, forwards)
+
+    def _ascend(self, loop: _Ascent, model: Model) -> tuple[int, bool]:
+        """Runs one restart and brings ``loop`` up to date; how many forwards, and whether with the model's own bits."""
+        shrinks = self.early_stop and self.bn == "eval" and isinstance(self.loss, str)
+        run, rows, forwards, exact = self.engine.run(loop, model), None, 0, True
+        for _ in range(self.steps):
+            if self.early_stop:
+                standing = int((~run.loop.fooled).sum())
+                if not standing:
+                    break
+                if shrinks and (size := _bucket(standing, len(loop.adv))) < len(run.loop.adv):
+                    # Those that stand, and as many of the fooled, which do not move, as fill a batch of a size that returns.
+                    loop.update(run.loop, rows)
+                    kept = run.loop.fooled.byte().argsort(stable=True)[:size]
+                    part, rows = run.loop.rows(kept), kept if rows is None else rows[kept]
+                    part.passes = loop.passes
+                    run = self.engine.run(part, model)
+            run.step()
+            forwards, exact = forwards + 1, exact and run.exact
+        else:
+            if loop.image is not None:
+                run.loop.evaluate()
+                forwards += 1
+        loop.update(run.loop, rows)
+        return forwards, exact
+
+    def _score_again(self, loop: _Ascent, passes: Passes, reference: Tensor | None) -> int:
+        """Success and loss of the best images by the model as it is; the number of forwards that it took."""
+        loop.passes, forwards = passes, 1
+        with torch.no_grad():
+            if loop.reference is not None and reference is None:
+                loop.reference, forwards = passes.logits(loop.centre.to(loop.dtype)), 2
+                if loop.y is None:
+                    loop.label = loop.reference.argmax(1)
+            logits = passes.logits(loop.image)
+            loop.score, loop.fooled = loop.judged(logits, loop.loss(logits, loop.y, loop.reference)[0])
+        return forwards
 
     def _start(self, x: Tensor, lo: float, hi: float, may_be_returned: bool) -> Tensor:
         """The first image of a restart, a new tensor, in ball and box; but "normal" only if it may be returned, as TRADES."""
@@ -245,40 +283,7 @@ class PGD:
             return noise.mul_(length / size).add_(x).clamp_(lo, hi)
         return STEPS[self.norm](adv, adv, x, 0.0, self.eps, lo, hi)  # a step of length 0 is the projection
 
-    def _loss(
-        self, logits: Tensor, y: Tensor | None, reference: Tensor | None, out: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Per-sample loss [N] and its gradient with respect to the logits, into ``out`` where possible."""
-        if not isinstance(self.loss, str):
-            return _custom_loss(self.loss, logits, y)
-        if self._is_divergence:
-            assert reference is not None
-            return DIVERGENCES[self.loss](reference, logits, out=out)
-        assert y is not None
-        if self.loss == "dlr" and self.targeted:
-            assert reference is not None
-            # From the clean prediction to the target; the attack descends, and this rises on the way.
-            loss, dlogits = ops.dlr_targeted(logits, reference.argmax(1), y, out=out)
-            return loss.neg_(), dlogits.neg_()
-        if self.loss != "ce" or self.bn != "eval":  # batch statistics couple the samples: the sizes of their losses matter
-            return LABEL_LOSSES[self.loss](logits, y, out=out)
-        if y.is_floating_point():
-            # A one-hot row is a hard label, and like one it must not saturate.
-            (loss, dlogits), (odds, d_odds) = ops.ce(logits, y), ops.log_odds(logits, y.argmax(1))
-            one_hot = (y.amax(1) == 1) & (y.sum(1) == 1)
-            return torch.where(one_hot, odds, loss), torch.where(one_hot[:, None], d_odds, dlogits)
-        return ops.log_odds(logits, y, out=out)
-
-    def _fooled(self, logits: Tensor, label: Tensor | None) -> Tensor:
-        prediction = logits.argmax(1)
-        assert label is not None
-        return prediction == label if self.targeted else prediction != label
-
     # ------------------------------------------------------------------------------------------------------ checks
-
-    @property
-    def _is_divergence(self) -> bool:
-        return isinstance(self.loss, str) and self.loss in DIVERGENCES
 
     def _check_sizes(self) -> tuple[float, float]:
         checks.non_negative("eps", self.eps)
@@ -293,10 +298,7 @@ class PGD:
         checks.same_device("model", self.model, x)
         if y is not None:
             checks.labels(y, x)
-        elif self.targeted or (isinstance(self.loss, str) and not self._is_divergence):
-            raise ValueError(f"y is needed for loss={self.loss!r}, targeted={self.targeted}; only 'kl' and 'se' need none")
-        if y is not None and y.is_floating_point() and self.loss in ("margin", "dlr"):
-            raise ValueError(f"y must be integer labels for loss={self.loss!r}; got soft labels {list(y.shape)}")
+        AttackLoss(self.loss, self.targeted).check(y)
         if isinstance(self.init, Tensor):
             if self.init.shape != x.shape or self.init.device != x.device:
                 known = ", ".join(map(repr, INITS))
@@ -309,35 +311,103 @@ class PGD:
             raise ValueError(f"generator must be on {x.device.type} like x; got one on {self.generator.device}")
 
 
-class _Best:
-    """The best image of each sample so far: a fooling one before any other, then the higher score; of equals the later."""
+@dataclass
+class _Ascent(Loop):
+    """Gradient steps on one batch.
 
-    image: Tensor  # [N, ...]
-    score: Tensor  # [N]
-    fooled: Tensor  # bool [N]
-    empty = True
+    The best image of each sample so far, where several are compared: a fooling one before any other, then the higher score
+    (the loss, or minus it where the attack descends), of equals the later.
+    """
 
-    def update(self, image: Tensor, score: Tensor, fooled: Tensor) -> None:
-        if self.empty:
-            self.image, self.score, self.fooled, self.empty = image.clone(), score.clone(), fooled, False
-            return
+    STATE: ClassVar[tuple[str, ...]] = (
+        "adv", "centre", "y", "reference", "label", "eps", "alpha", "image", "score", "fooled",
+    )  # fmt: skip
+    SCRATCH: ClassVar[tuple[str, ...]] = ("losses", "gradient")
+    SETTINGS: ClassVar[tuple[str, ...]] = ("lo", "hi", "dtype", "norm", "loss", "tracking", "early_stop")
+
+    adv: Tensor
+    centre: Tensor
+    y: Tensor | None
+    reference: Tensor | None
+    label: Tensor | None
+    eps: Scalar
+    alpha: Scalar
+    lo: float
+    hi: float
+    dtype: torch.dtype  # of the images that the model is given
+    norm: str
+    loss: AttackLoss
+    tracking: bool  # each iterate may become the best image
+    early_stop: bool
+    image: Tensor = None  # type: ignore[assignment]  # the three stay None where no images are compared
+    score: Tensor = None  # type: ignore[assignment]
+    fooled: Tensor = None  # type: ignore[assignment]
+    losses: Losses | None = None
+    gradient: Tensor | None = None
+    zero_grad: Tensor = field(init=False)  # of each sample's last gradient, for AttackInfo
+    nan_grad: Tensor = field(init=False)
+
+    def step(self) -> None:
+        self.gradient = None  # frees its memory, which the next one then takes without new page faults
+        inputs, alpha = self.inputs(), self.alpha
+        logits, self.losses, self.gradient = self.passes.gradient(inputs, self.loss, self.y, self.reference, self.losses)
+        with torch.no_grad():
+            if self.tracking:
+                self._keep_best(inputs, logits)
+            if self.early_stop:
+                alpha = torch.where(self.fooled, 0.0, torch.as_tensor(alpha, dtype=torch.float64, device=self.adv.device))
+            STEPS[self.norm](self.adv, self.gradient, self.centre, alpha, self.eps, self.lo, self.hi)
+
+    def evaluate(self) -> None:
+        """Only looks whether the last step has brought the best image."""
+        with torch.no_grad():
+            inputs = self.inputs()
+            logits = self.passes.logits(inputs)
+            self.losses = self.loss(logits, self.y, self.reference, self.losses)
+            self._keep_best(inputs, logits)
+
+    def _keep_best(self, inputs: Tensor, logits: Tensor) -> None:
+        assert self.losses is not None
+        score, fooled = self.judged(logits, self.losses[0])
         better = (fooled & ~self.fooled) | ((fooled == self.fooled) & ~(score < self.score))
-        torch.where(better.view(-1, *[1] * (image.dim() - 1)), image, self.image, out=self.image)
+        torch.where(better.view(-1, *[1] * (inputs.dim() - 1)), inputs, self.image, out=self.image)
         torch.where(better, score, self.score, out=self.score)
-        self.fooled = self.fooled | fooled
+        self.fooled.logical_or_(fooled)
 
-    def all_fooled(self) -> bool:
-        return bool(self.fooled.all())
+    def judged(self, logits: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """What the attack raises [N], and whether it has got there [N]."""
+        assert self.label is not None
+        reached = logits.argmax(1) == self.label
+        return (-loss, reached) if self.loss.targeted else (loss, ~reached)
+
+    def inputs(self) -> Tensor:
+        """The images as the model gets them: in x's precision, inside the ball there too."""
+        if self.adv.dtype == self.dtype:
+            return self.adv
+        farthest = per_sample(self.eps, self.adv, torch.float64) if self.norm == "linf" else math.inf
+        return round_towards(self.centre.to(self.dtype), self.adv.detach(), farthest)
+
+    def update(self, other: _Ascent, rows: Tensor | None) -> None:
+        """Takes over what has become of these samples (all: None) in a loop that was made of this one."""
+        chosen = slice(None) if rows is None else rows
+        with torch.no_grad():
+            if other.gradient is not None:
+                elements = tuple(range(1, other.gradient.dim()))
+                highest, lowest = other.gradient.amax(elements), other.gradient.amin(elements)
+                self.zero_grad[chosen], self.nan_grad[chosen] = (highest == 0) & (lowest == 0), highest.isnan()
+            if other is not self:
+                for name in ("adv", "image", "score", "fooled"):
+                    if (found := getattr(other, name)) is not None:
+                        getattr(self, name)[chosen] = found
 
 
-def _zero_and_nan(gradient: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Per sample: whether the gradient is zero everywhere, and whether it holds a NaN; neither where none was needed."""
-    if gradient is None:
-        neither = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
-        return neither, neither
-    elements = tuple(range(1, gradient.dim()))
-    highest, lowest = gradient.amax(elements), gradient.amin(elements)
-    return (highest == 0) & (lowest == 0), highest.isnan()
+def _bucket(standing: int, of: int) -> int:
+    """The least of ``of``, 3/4, 1/2, 3/8, 1/4 ... of it that holds ``standing``: few sizes, which come again."""
+    size = of
+    while size > 1 and (half := (size + 1) // 2) >= standing:
+        size = half
+    three_quarters = (3 * size + 3) // 4
+    return three_quarters if three_quarters >= standing else size
 
 
 def _hard_labels(y: Tensor | None) -> Tensor | None:
@@ -359,7 +429,7 @@ def _custom_loss(loss: CustomLoss, logits: Tensor, y: Tensor | None) -> tuple[Te
 
 
 def pgd(
-    model: engine.Model,
+    model: Model,
     x: Tensor,
     y: Tensor | None,
     eps: Scalar,
@@ -375,17 +445,23 @@ def pgd(
     keep_best: bool = False,
     early_stop: bool = False,
     generator: torch.Generator | None = None,
+    precision: str = "fp32",
+    memory: str = "normal",
 ) -> Tensor:
     """Adversarial images by projected gradient descent: ``x_adv = fastadv.pgd(model, x, y, eps=8/255)``.
 
-    Arguments, result and errors as :class:`PGD`, which is the same attack as a reusable object.
+    Arguments, result and errors as :class:`PGD`, which is the same attack as a reusable object; only such a one can be
+    compiled, recorded or given a twin.
     """
-    attack = PGD(model, eps, alpha, steps, norm, loss, init, bn, restarts, targeted, bounds, keep_best, early_stop, generator)
+    attack = PGD(
+        model, eps, alpha, steps, norm, loss, init, bn, restarts, targeted, bounds, keep_best, early_stop, generator,
+        precision=precision, memory=memory,
+    )  # fmt: skip
     return attack(x, y)
 
 
 def fgsm(
-    model: engine.Model,
+    model: Model,
     x: Tensor,
     y: Tensor | None,
     eps: Scalar,

@@ -53,7 +53,7 @@ def attacking(model: Model, bn: str = "eval") -> Iterator[None]:
                     _assign(restore, m, training=True)
             for m in norms:
                 if bn == "train":
-                    restore.push(_rollback(m))
+                    restore.push(_on_error(_snapshot(m)))
                 elif m.training:
                     _assign(restore, m, track_running_stats=False)
                     if isinstance(m, _InstanceNorm):  # which updates its running statistics whatever that flag says
@@ -70,15 +70,33 @@ def _assign(restore: contextlib.ExitStack, module: nn.Module, **values: Any) -> 
             restore.callback(setattr, module, name, before)
 
 
-def _rollback(module: nn.Module) -> Callable[..., None]:
-    """An exit that gives the module's buffers their present values back, if there was an exception."""
+@contextlib.contextmanager
+def keeping_buffers(model: Model) -> Iterator[None]:
+    """Gives all buffers of ``model`` their present values back on exit."""
+    with contextlib.ExitStack() as restore:
+        for m in model.modules() if isinstance(model, nn.Module) else ():
+            restore.callback(_snapshot(m))
+        yield
+
+
+def _snapshot(module: nn.Module) -> Callable[[], None]:
+    """A function that gives the module's own buffers their present values back."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+
+    def roll_back() -> None:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+    return roll_back
+
+
+def _on_error(roll_back: Callable[[], None]) -> Callable[..., None]:
+    """An exit that rolls back if there was an exception."""
 
     def on_exit(kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None:
-            with torch.no_grad():
-                for buffer, value in before:
-                    buffer.copy_(value)
+            roll_back()
 
     return on_exit
 

@@ -1,0 +1,324 @@
+"""How an attack is executed: eagerly, compiled, or recorded and replayed; in which precision, and on which copy of the model.
+
+The first call with inputs of some kind is eager whatever was asked for, so that a shape that never comes back costs no
+compilation. From the second on the plan for it is kept, for the eight kinds of inputs that come most often.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import time
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..machine import device_name
+from . import choices, graphs
+from .guest import Model, keeping_buffers
+from .loop import L, Loop
+from .passes import PRECISIONS, CompiledPasses, Passes, dtype_for
+from .twin import Twin, TwinError
+
+ENGINES = ("auto", "eager", "compile", "graph")
+MEMORIES = ("normal", "signs")
+KEPT = 8  # plans of one attack, each with its compiled code or recorded step
+MARGIN = 0.97  # another plan is chosen over the eager one if it takes at most so much of its time
+
+logger = logging.getLogger("fastadv")
+
+
+class Plan(NamedTuple):
+    """How steps run: on compiled passes or not, replayed from a recording or not, and the images' memory layout."""
+
+    compiled: bool = False
+    replayed: bool = False
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        body = "compile" if self.compiled else "graph" if self.replayed else "eager"
+        return body + ", replayed" * (self.compiled and self.replayed) + ", channels_last" * self.channels_last
+
+
+@dataclass
+class Stats:
+    """What an engine has done so far.
+
+    Attributes:
+        precision: what the model computed in during the last call: "fp32" is its own.
+        twin: whether the last call attacked a frozen twin: "none", "used", or why it could not be made.
+        steps: gradient steps run, by plan.
+        recorded: CUDA graphs recorded; ``moved`` of them because the weights had moved to other addresses.
+        choices: what "auto" chose, by kind of inputs: milliseconds a step of each plan, fastest first.
+        failed: plans that could not be run, with the reason.
+    """
+
+    precision: str = "fp32"
+    twin: str = "none"
+    steps: dict[str, int] = field(default_factory=dict)
+    recorded: int = 0
+    moved: int = 0
+    choices: dict[str, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Run(Generic[L]):
+    """A loop set up for execution: what to step, how, and whether that gives the plain model's own bits."""
+
+    loop: L
+    step: Callable[[], None]
+    exact: bool
+
+
+@dataclass
+class _Kept:
+    """A plan in use for one kind of inputs, with what it took to set up."""
+
+    plan: Plan
+    compiled: CompiledPasses | None = None
+    fixed: Any = None  # the loop that was recorded
+    replay: Callable[[], None] | None = None
+    addresses: tuple[int, ...] = ()
+    uses: int = 0
+
+
+class Engine:
+    """The execution of one attack. Arguments as in :class:`fastadv.PGD`."""
+
+    def __init__(
+        self, engine: str = "eager", precision: str = "fp32", twin: bool = False, memory: str = "normal", bn: str = "eval"
+    ) -> None:
+        checks.one_of("engine", engine, ENGINES)
+        checks.one_of("precision", precision, PRECISIONS)
+        checks.one_of("memory", memory, MEMORIES)
+        if twin and bn != "eval":
+            raise ValueError(f"twin=True needs bn='eval', whose statistics do not depend on the batch; got bn={bn!r}")
+        if engine == "compile" and bn == "train":
+            raise ValueError("engine='compile' cannot update running statistics: use bn='eval' or 'batch', or engine='eager'")
+        if engine == "compile" and memory == "signs":
+            raise ValueError("engine='compile' chooses what to save itself: use memory='normal', or engine='eager'")
+        self.engine, self.precision, self.twin, self.memory, self.bn = engine, precision, bool(twin), memory, bn
+        self.stats = Stats()
+        self._forget()
+
+    def __repr__(self) -> str:
+        shown = ("engine", "precision", "twin", "memory")
+        return f"Engine({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles of an attack set up their own
+        kept = ("engine", "precision", "twin", "memory", "bn")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _forget(self) -> None:
+        self._model: Callable[[], Model | None] = lambda: None
+        self._twin: Twin | None = None
+        self._twin_failed = ""
+        self._seen: dict[Hashable, int] = {}
+        self._kept: dict[Hashable, _Kept] = {}
+
+    # -------------------------------------------------------------------------------------------------- the model's side
+
+    def passes(self, model: Model, x: Tensor, check: Callable[[Tensor], None] | None = None) -> Passes:
+        """Eager passes on the model or its twin, in this engine's precision, for one call. Inside :func:`attacking`.
+
+        Raises ValueError if a plan asked for by name cannot be had on x's device or of such a model.
+        """
+        if self.engine == "graph" and not (graphs.available(x.device) and isinstance(model, nn.Module)):
+            got = f"{type(model).__name__} on {x.device}"
+            raise ValueError(f"engine='graph' needs an nn.Module on a CUDA device, whose weights it can watch; got {got}")
+        if self._model() is not model:
+            self._forget()
+            self._model = weakref.ref(model) if isinstance(model, nn.Module) else lambda: model
+        dtype = dtype_for(self.precision, x.device)
+        self.stats.precision = next(
+            (name for name, d in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if d == dtype), "fp32"
+        )
+        program = self._twin_of(model, x, dtype) if self.twin else model
+        return Passes(program, dtype, self.memory == "signs", self.bn != "eval", check)
+
+    def _twin_of(self, model: Model, x: Tensor, dtype: torch.dtype | None) -> Model:
+        """The model's twin with its present weights; the model itself, with one line in the log, where there can be none."""
+        if self._twin_failed:
+            return model
+        try:
+            if self._twin is None or not self._twin.fits(model):
+                self._twin = Twin(model, dtype)
+                self._twin.verify(x)
+            else:
+                self._twin.refresh()
+        except TwinError as reason:
+            self._twin, self._twin_failed = None, str(reason)
+            self.stats.twin = f"none: {reason}"
+            logger.warning("twin=True: %s has no twin (%s); attacking the model itself", type(model).__name__, reason)
+            return model
+        self.stats.twin = "used"
+        return self._twin.module
+
+    # ---------------------------------------------------------------------------------------------------- the loop's side
+
+    def run(self, loop: L, model: Model) -> Run[L]:
+        """Sets the loop up by the plan for its kind of inputs. ``loop.passes`` is from :meth:`passes`."""
+        twinned = loop.passes.model is not model
+        images = loop.adv.dim() == 4 and loop.adv.stride(1) != 1  # of one channel too, whose strides decide for what follows
+        plan, kept = Plan(channels_last=twinned and images), None
+        if self.engine != "eager":
+            key = (loop.signature(), self._surroundings(model, loop.adv.device))
+            kept = self._kept.get(key)
+            if kept is None and self._worth_keeping(key):
+                kept = self._kept[key] = self._new(loop, model, images, twinned)
+            if kept is not None:
+                kept.uses += 1
+                plan = kept.plan
+        loop, step = self._realised(kept or _Kept(plan), loop)
+        exact = not twinned and loop.passes.dtype is None and not plan.compiled and not plan.channels_last
+
+        def counted() -> None:
+            step()
+            name = str(plan)
+            self.stats.steps[name] = self.stats.steps.get(name, 0) + 1
+
+        return Run(loop, counted, exact)
+
+    def _worth_keeping(self, key: Hashable) -> bool:
+        """Whether these inputs have been seen before, and more often than some whose plan would make room."""
+        seen = self._seen.pop(key, 0)
+        self._seen[key] = seen + 1
+        if len(self._seen) > 1000:  # shapes without end
+            del self._seen[next(iter(self._seen))]
+        if seen == 0:
+            return False
+        if len(self._kept) >= KEPT:
+            rarest = min(self._kept, key=lambda k: self._kept[k].uses)
+            if self._kept[rarest].uses >= seen:
+                return False
+            del self._kept[rarest]
+        return True
+
+    def _new(self, loop: Loop, model: Model, images: bool, twinned: bool) -> _Kept:
+        """The plan for inputs like the loop's, by name or by measurement."""
+        replay = graphs.available(loop.adv.device) and isinstance(model, nn.Module)
+        if self.engine == "graph":
+            return _Kept(Plan(replayed=True, channels_last=twinned and images))
+        if self.engine == "compile":
+            return _Kept(Plan(compiled=True, replayed=replay, channels_last=images))
+        layouts = (images,) if twinned or not images else (False, True)
+        plans = [Plan(False, replayed, layout) for replayed in ((False, True) if replay else (False,)) for layout in layouts]
+        if self.bn != "train" and self.memory == "normal":
+            plans.append(Plan(True, replay, images))
+        return self._choose(loop, model, plans)
+
+    def _choose(self, loop: Loop, model: Model, plans: list[Plan]) -> _Kept:
+        """The fastest plan, from the file of choices or by measuring each on this loop."""
+        signature = (loop.signature(), str(self), str(loop.passes.dtype), self.bn)
+        key = choices.fingerprint(model, device_name(loop.adv.device), signature)
+        remembered = choices.known().get(key) if key is not None else None
+        shown = f"{'x'.join(map(str, loop.adv.shape))} {str(loop.adv.dtype).removeprefix('torch.')}"
+        if remembered is None or remembered["plan"] not in map(str, plans):
+            logger.warning("engine='auto': measuring %d ways to run this attack on %s, once", len(plans), shown)
+            kept, milliseconds = self._measured(loop, model, plans)
+            if key is not None:
+                choices.remember(
+                    key,
+                    choices.Choice(
+                        plan=str(kept.plan),
+                        milliseconds=milliseconds,
+                        model=type(model).__name__,
+                        inputs=shown,
+                        device=device_name(loop.adv.device),
+                    ),
+                )
+        else:
+            milliseconds = remembered["milliseconds"]
+            kept = _Kept(next(plan for plan in plans if str(plan) == remembered["plan"]))
+        self.stats.choices[shown] = milliseconds
+        return kept
+
+    def _measured(self, loop: Loop, model: Model, plans: list[Plan]) -> tuple[_Kept, dict[str, float]]:
+        """Times one step by each plan, in turns, on copies of the loop; the model and the generators are left alone."""
+        device, steps = loop.adv.device, dict[Plan, Callable[[], None]]()
+        kept = {plan: _Kept(plan) for plan in plans}
+        with contextlib.ExitStack() as restore:
+            restore.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            if self.bn == "train":
+                restore.enter_context(keeping_buffers(model))
+            for plan in plans:
+                try:
+                    _, step = self._realised(kept[plan], loop.mapped(lambda t: t.detach().clone()))
+                    _seconds(step, device), _seconds(step, device)
+                    steps[plan] = step
+                except Exception as error:
+                    if plan == plans[0]:  # the eager one: not the plan's fault
+                        raise
+                    self.stats.failed[str(plan)] = f"{type(error).__name__}: {error}".splitlines()[0]
+            once = _seconds(steps[plans[0]], device)
+            repeat, rounds = max(1, int(0.02 / once)), 3 if once > 0.3 else 7
+            times: dict[Plan, list[float]] = {plan: [] for plan in steps}
+            for _ in range(rounds):
+                for plan, step in steps.items():
+                    times[plan].append(_seconds(step, device, repeat) / repeat)
+        least = {plan: min(seconds) for plan, seconds in times.items()}
+        fastest = min(least, key=lambda plan: least[plan])
+        chosen = fastest if least[fastest] <= MARGIN * least[plans[0]] else plans[0]
+        return kept[chosen], {str(plan): round(1e3 * least[plan], 4) for plan in sorted(least, key=lambda p: least[p])}
+
+    def _realised(self, kept: _Kept, loop: L) -> tuple[L, Callable[[], None]]:
+        """The loop laid out, on the passes and behind the recording that the plan wants, each made where there is none."""
+        plan = kept.plan
+        if plan.channels_last:
+            loop = loop.channels_last()
+        if plan.compiled:
+            if kept.compiled is None or kept.compiled.model is not loop.passes.model:
+                kept.compiled = CompiledPasses(loop.passes)
+            loop = copy.copy(loop)
+            loop.passes = kept.compiled
+        if not plan.replayed:
+            return loop, loop.step
+        addresses = _addresses(loop.passes.model)
+        if kept.fixed is None or kept.replay is None or kept.addresses != addresses:
+            loop.passes.check = None  # it waits for the device, and the first, eager call has passed it
+            fixed = loop.fixed(loop.adv.device)
+            if plan.compiled:
+                fixed.step()  # compiles, which cannot be recorded
+            try:
+                kept.replay = graphs.record(fixed.step, loop.adv.device)
+            except RuntimeError as error:
+                message = f"a step of this attack cannot be recorded as a CUDA graph, use engine='eager': {error}"
+                raise RuntimeError(message) from error
+            self.stats.moved += kept.fixed is not None
+            self.stats.recorded += 1
+            kept.fixed, kept.addresses = fixed, addresses
+        kept.fixed.load(loop)
+        return kept.fixed, kept.replay
+
+    def _surroundings(self, model: Model, device: torch.device) -> Hashable:
+        """What besides the loop decides what its step computes."""
+        modes = tuple(m.training for m in model.modules()) if self.bn != "eval" and isinstance(model, nn.Module) else ()
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        return modes, autocast, torch.get_float32_matmul_precision()
+
+
+def _addresses(model: Model) -> tuple[int, ...]:
+    """Where the weights and buffers lie. Updates in place leave them there; ``.to()`` and assignment do not."""
+    assert isinstance(model, nn.Module)
+    return tuple(t.data_ptr() for group in (model.parameters(), model.buffers()) for t in group)
+
+
+def _seconds(step: Callable[[], None], device: torch.device, repeat: int = 1) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeat):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,128 @@
+"""The two things an attack asks of a model: logits, and logits with the gradient of the input; eagerly or compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .guest import Model, input_gradient
+from .signs import signs_only
+
+Losses: TypeAlias = tuple[Tensor, Tensor]  # per sample [N], and their gradient with respect to the logits [N, C]
+Loss: TypeAlias = Callable[..., Losses]  # (logits, y, reference, out=None)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", *DTYPES, "auto")
+
+FP16_SCALE = 256.0  # of the largest cotangent: the middle, in powers of two, of what fp16 can hold above its smallest normal
+
+
+def dtype_for(precision: str, device: torch.device) -> torch.dtype | None:
+    """What autocast is to compute in; None: as the caller has it. "auto" is bf16 where the hardware multiplies in it."""
+    if precision != "auto":
+        return DTYPES.get(precision)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if device.type == "cpu" and any(
+        getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")
+    ):
+        return torch.bfloat16
+    return None
+
+
+listener: Callable[[str], AbstractContextManager[Any]] | None = None  # fastadv.profile, while it looks
+_NOTHING = contextlib.nullcontext()
+
+
+def mark(stretch: str) -> AbstractContextManager[Any]:
+    """Names a stretch of an attack's work to whoever listens."""
+    return _NOTHING if listener is None else listener(stretch)
+
+
+class Passes:
+    """Runs ``model`` eagerly.
+
+    Args:
+        dtype: of an autocast around each forward; None: none but the caller's.
+        signs: save for the backward only what the gradient of an input needs (:mod:`fastadv.engine.signs`).
+        coupled: samples depend on each other through batch statistics, so the sizes of their losses matter.
+        check: given the first logits.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dtype: torch.dtype | None = None,
+        signs: bool = False,
+        coupled: bool = False,
+        check: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.model, self.dtype, self.signs, self.coupled, self.check = model, dtype, signs, coupled, check
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """One forward pass, in the precision; a half-precision answer to autocast comes as fp32."""
+        with contextlib.ExitStack() as setting:
+            if self.dtype is not None:
+                # The cache would hold casts of weights made without a graph, which a training step could then meet.
+                setting.enter_context(torch.autocast(inputs.device.type, self.dtype, cache_enabled=False))
+            if self.signs:
+                setting.enter_context(signs_only())
+            logits: Tensor = self.model(inputs)
+        if self.check is not None:
+            self.check(logits)
+            self.check = None
+        return logits if self.dtype is None else logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def gradient(
+        self, inputs: Tensor, loss: Loss, y: Tensor | None, reference: Tensor | None, out: Losses | None = None
+    ) -> tuple[Tensor, Losses, Tensor]:
+        """Logits, losses (into ``out`` where possible) and the losses' gradient with respect to ``inputs``, up to its scale."""
+        with mark("model forward"):
+            logits = self.logits(inputs.requires_grad_())
+        losses = loss(logits.detach(), y, reference, out)
+        with mark("model backward"):
+            gradient = input_gradient(logits, inputs, self.cotangent(losses[1]))
+        return logits.detach(), losses, gradient
+
+    def cotangent(self, dlogits: Tensor) -> Tensor:
+        """``dlogits``, scaled for fp16 so that gradients deep in the model do not underflow.
+
+        A step uses the direction of each sample's gradient alone; where samples are coupled, that of the whole batch's.
+        """
+        if self.dtype != torch.float16:
+            return dlogits
+        largest = dlogits.abs().amax() if self.coupled else dlogits.abs().amax(1, keepdim=True)
+        return dlogits * (FP16_SCALE / largest.clamp(min=torch.finfo(dlogits.dtype).tiny))
+
+
+class CompiledPasses(Passes):
+    """Forward pass, loss and input gradient as one compiled graph, for one shape of inputs.
+
+    ``torch.func.vjp`` and not ``torch.autograd.grad``, which torch.compile cannot see through.
+    """
+
+    def __init__(self, eager: Passes) -> None:
+        super().__init__(eager.model, eager.dtype, False, eager.coupled)
+
+        def whole(inputs: Tensor, loss: Loss, y: Tensor | None, reference: Tensor | None) -> tuple[Tensor, Losses, Tensor]:
+            pullback: Callable[[Tensor], tuple[Tensor]]
+            logits, pullback = torch.func.vjp(self.logits, inputs)  # type: ignore[misc]  # three only with has_aux
+            losses = loss(logits, y, reference)
+            (gradient,) = pullback(self.cotangent(losses[1]))
+            return logits, losses, gradient
+
+        # torch counts recompilations by code object, and stops at eight: each model and shape gets one of its own.
+        own = types.FunctionType(whole.__code__.replace(), globals(), whole.__name__, None, whole.__closure__)
+        self._whole: Callable[..., tuple[Tensor, Losses, Tensor]] = torch.compile(own, dynamic=False, fullgraph=True)
+
+    def gradient(
+        self, inputs: Tensor, loss: Loss, y: Tensor | None, reference: Tensor | None, out: Losses | None = None
+    ) -> tuple[Tensor, Losses, Tensor]:
+        with mark("model forward and backward, compiled"), torch.no_grad():
+            return self._whole(inputs.detach(), loss, y, reference)

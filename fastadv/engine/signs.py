@@ -1,0 +1,5 @@
+import contextlib
+
+
+def signs_only():
+    return contextlib.nullcontext()
