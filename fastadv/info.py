@@ -9,6 +9,7 @@ import torch
 
 from . import native, ops
 from ._version import __version__
+from .engine import choices
 from .machine import device_name
 
 
@@ -56,6 +57,12 @@ def report() -> str:
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
     lines += ["", f"{'device':<8}{'op':<14}{'backend':<11}why"]
     lines += [f"{device:<8}{op:<14}{backend:<11}{why}" for device, op, backend, why in backends()]
+    known = choices.known()
+    if known:
+        lines += ["", f"chosen by engine='auto', in {choices.file()}: milliseconds a step, fastest first"]
+        for choice in known.values():
+            times = ", ".join(f"{plan} {ms:.3g}" for plan, ms in choice["milliseconds"].items())
+            lines.append(f"{choice['model']} on {choice['inputs']}, {choice['device']}: {choice['plan']} ({times})")
     return "\n".join(lines)
 
 

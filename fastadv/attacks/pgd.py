@@ -228,7 +228,7 @@ class PGD:
 
     def _ascend(self, loop: _Ascent, model: Model) -> tuple[int, bool]:
         """Runs one restart and brings ``loop`` up to date; how many forwards, and whether with the model's own bits."""
-        shrinks = self.early_stop and self.bn == "eval" and isinstance(self.loss, str)
+        shrinks = self._shrinks()
         run, rows, forwards, exact = self.engine.run(loop, model), None, 0, True
         for _ in range(self.steps):
             if self.early_stop:
@@ -250,6 +250,10 @@ class PGD:
                 forwards += 1
         loop.update(run.loop, rows)
         return forwards, exact
+
+    def _shrinks(self) -> bool:
+        """Whether fooled samples may leave the batch: a loss of the user's or batch statistics may couple them to the others."""
+        return self.early_stop and self.bn == "eval" and isinstance(self.loss, str)
 
     def _score_again(self, loop: _Ascent, passes: Passes, reference: Tensor | None) -> int:
         """Success and loss of the best images by the model as it is; the number of forwards that it took."""
