@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastadv.memory import alike, device_of
+from fastadv.memory import Row, copy_back, device_of, rows_alike
 
 from .common import arithmetic
 from .step import l2_coefficients, l2_move, l2_products
@@ -127,8 +127,6 @@ def perturb_kernel(
 BLOCK = 2048
 CHUNKS = 4  # of a program, where a tensor is not too large for its slices
 
-Row = tuple[Tensor, Tensor, Tensor]
-
 
 def _tables(rows: list[Row], most_programs: int, record: bool) -> Iterator[tuple[Tensor, int, int, dict[str, Any]]]:
     """Table, tensors, programs and constants of each launch: one for all tensors that these constants fit."""
@@ -157,28 +155,24 @@ _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: 
 
 def weight_sums(sums: Tensor, weights: Tensors, grads: Tensors, origins: Tensors, record: bool) -> None:
     """Writes ``sums`` [K, slices, 4], and ``origins`` where recorded; otherwise as :func:`fastadv.ops.weight_sums`."""
-    found = [alike(o, w, g, o) for w, g, o in zip(weights, grads, origins, strict=True)]
-    rows = [(w, g, target if record else o) for target, w, g, o in found]
+    rows = rows_alike(weights, grads, origins)
     slices = sums.shape[1]
     with device_of(sums):
         for table, tensors, programs, constants in _tables(rows, slices, record):
             weight_sums_kernel[(programs,)](
                 sums, table, tensors, slices, **constants, RECORD=record, BLOCK_SLICES=triton.next_power_of_2(slices)
             )
-    for origin, (target, *_) in zip(origins, found, strict=True):
-        if record and target is not origin:
-            origin.copy_(target)
+    if record:
+        copy_back(origins, (o for _, _, o in rows))
 
 
 def perturb(weights: Tensors, grads: Tensors, origins: Tensors, sums: Tensor, gamma: float, alpha: float) -> None:
     """Moves ``weights``; arguments as :func:`fastadv.ops.perturb_`."""
-    rows = [(w, g, o) for _, w, g, o in (alike(w, w, g, o) for w, g, o in zip(weights, grads, origins, strict=True))]
+    rows = rows_alike(weights, grads, origins)
     slices = sums.shape[1]
     with device_of(sums):
         for table, tensors, programs, constants in _tables(rows, 2**31, record=False):
             perturb_kernel[(programs,)](
                 sums, table, tensors, slices, gamma, alpha, **constants, BLOCK_SLICES=triton.next_power_of_2(slices)
             )
-    for weight, (moved, *_) in zip(weights, rows, strict=True):
-        if moved.data_ptr() != weight.data_ptr():
-            weight.copy_(moved)
+    copy_back(weights, (w for w, _, _ in rows))
