@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, engine, ops
+from ..reference.loss import classes_of
 from ..reference.step import Scalar, per_sample
 
 CustomLoss = Callable[[Tensor, Tensor | None], Tensor]
@@ -196,7 +197,8 @@ class PGD:
         if self._is_divergence or (self.loss == "dlr" and self.targeted) or (best is not None and y is None):
             with torch.no_grad():
                 reference = forward(x) if logits_ref is None else logits_ref.detach()
-        label = _hard_labels(reference if y is None else y)
+        label = reference if y is None else y
+        label = None if label is None else classes_of(label)
         step_, gradient = STEPS[self.norm], None
 
         for _ in range(self.restarts):
@@ -338,10 +340,6 @@ def _zero_and_nan(gradient: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     elements = tuple(range(1, gradient.dim()))
     highest, lowest = gradient.amax(elements), gradient.amin(elements)
     return (highest == 0) & (lowest == 0), highest.isnan()
-
-
-def _hard_labels(y: Tensor | None) -> Tensor | None:
-    return y.argmax(1) if y is not None and y.is_floating_point() else y
 
 
 def _custom_loss(loss: CustomLoss, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
