@@ -34,19 +34,15 @@ class TrainingInputs:
 def cases(quick: bool) -> list[Case]:
     shape = (2 if quick else 32, 3, 32, 32)
     return [
-        training_case(
-            "pgd-at", shape, {"fastadv": _fastadv_pgd_at, "handwritten, best": best_pgd_at, "public code": public_pgd_at}
-        ),
-        training_case(
-            "trades", shape, {"fastadv": _fastadv_trades, "handwritten, best": best_trades, "public code": public_trades}
-        ),
+        training_case("pgd-at", shape, _fastadv_pgd_at, best_pgd_at, public_pgd_at),
+        training_case("trades", shape, _fastadv_trades, best_trades, public_trades),
     ]
 
 
 Step = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def training_case(method: str, shape: tuple[int, ...], steps: dict[str, Callable[[nn.Module], Step]]) -> Case:
+def training_case(method: str, shape: tuple[int, ...], ours: Callable[[nn.Module], Step], best: Step, public: Step) -> Case:
     def inputs(device: torch.device) -> TrainingInputs:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -56,7 +52,11 @@ def training_case(method: str, shape: tuple[int, ...], steps: dict[str, Callable
     return Case(
         name=f"train {method} preact-resnet18 {'x'.join(map(str, shape))}",
         inputs=inputs,
-        contenders={label: _contender(step) for label, step in steps.items()},
+        contenders={
+            "fastadv": _contender(ours),
+            "handwritten, best": _contender(lambda _: best),
+            "public code": _contender(lambda _: public),
+        },
         baseline="handwritten, best",
         rounds=3,
         judge=lambda given, loss: {"loss": float(loss)},
@@ -90,22 +90,16 @@ def _fastadv_pgd_at(model: nn.Module) -> Step:
     return lambda model, x, y: objective(model, x, y).loss
 
 
-def best_pgd_at(model: nn.Module) -> Step:
-    def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(model(baselines.pgd_best(model, x, y, EPS, ALPHA, STEPS)), y)
-
-    return loss_of
+def best_pgd_at(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(baselines.pgd_best(model, x, y, EPS, ALPHA, STEPS)), y)
 
 
-def public_pgd_at(model: nn.Module) -> Step:
-    def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x_adv = baselines.pgd_backward(model, x, y, EPS, ALPHA, STEPS)
-        F.cross_entropy(model(x_adv), y, reduction="none")  # to choose among restarts, of which there is one
-        loss = F.cross_entropy(model(x_adv), y)
-        model(x)  # clean accuracy, for the log
-        return loss
-
-    return loss_of
+def public_pgd_at(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    x_adv = baselines.pgd_backward(model, x, y, EPS, ALPHA, STEPS)
+    F.cross_entropy(model(x_adv), y, reduction="none")  # to choose among restarts, of which there is one
+    loss = F.cross_entropy(model(x_adv), y)
+    model(x)  # clean accuracy, for the log
+    return loss
 
 
 # ------------------------------------------------------------------------------------------------------------- TRADES
@@ -120,34 +114,28 @@ def kl_sum(logits: Tensor, logits_adv: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(logits_adv, 1), F.softmax(logits, 1), reduction="sum")
 
 
-def best_trades(model: nn.Module) -> Step:
-    def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        model.eval()
-        with torch.no_grad():
-            clean = model(x)
-        lower, upper = (x - EPS).clamp_(0, 1), (x + EPS).clamp_(0, 1)
-        adv = x + 0.001 * torch.randn_like(x)
-        for _ in range(STEPS):
-            adv.requires_grad_()
-            (grad,) = torch.autograd.grad(kl_sum(clean, model(adv)), adv)
-            adv = baselines.linf_step_hoisted_(adv.detach(), grad, lower, upper, ALPHA)
-        model.train()
-        logits = model(x)
-        return F.cross_entropy(logits, y) + BETA / len(x) * kl_sum(logits, model(adv))
-
-    return loss_of
+def best_trades(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        clean = model(x)
+    lower, upper = (x - EPS).clamp_(0, 1), (x + EPS).clamp_(0, 1)
+    adv = x + 0.001 * torch.randn_like(x)
+    for _ in range(STEPS):
+        adv.requires_grad_()
+        (grad,) = torch.autograd.grad(kl_sum(clean, model(adv)), adv)
+        adv = baselines.linf_step_hoisted_(adv.detach(), grad, lower, upper, ALPHA)
+    model.train()
+    logits = model(x)
+    return F.cross_entropy(logits, y) + BETA / len(x) * kl_sum(logits, model(adv))
 
 
-def public_trades(model: nn.Module) -> Step:
-    def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        model.eval()
-        adv = x + 0.001 * torch.randn_like(x)
-        for _ in range(STEPS):
-            adv.requires_grad_()
-            (grad,) = torch.autograd.grad(kl_sum(model(x), model(adv)), adv)
-            adv = baselines.textbook_step(adv.detach(), grad, x, EPS, ALPHA)
-        model.train()
-        loss = F.cross_entropy(model(x), y)
-        return loss + BETA / len(x) * kl_sum(model(x), model(adv))
-
-    return loss_of
+def public_trades(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    model.eval()
+    adv = x + 0.001 * torch.randn_like(x)
+    for _ in range(STEPS):
+        adv.requires_grad_()
+        (grad,) = torch.autograd.grad(kl_sum(model(x), model(adv)), adv)
+        adv = baselines.textbook_step(adv.detach(), grad, x, EPS, ALPHA)
+    model.train()
+    loss = F.cross_entropy(model(x), y)
+    return loss + BETA / len(x) * kl_sum(model(x), model(adv))

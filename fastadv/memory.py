@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,6 +21,21 @@ def alike(out: Tensor, first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     layout = dense_layout(first)
     sources = [t.contiguous(memory_format=layout) for t in (first, *others)]
     return out if out.is_contiguous(memory_format=layout) else torch.empty_like(sources[0]), *sources
+
+
+Row = tuple[Tensor, Tensor, Tensor]
+
+
+def rows_alike(weights: Iterable[Tensor], grads: Iterable[Tensor], origins: Iterable[Tensor]) -> list[Row]:
+    """Each weight with its gradient and origin, all in the weight's dense layout. :func:`copy_back` what is then written."""
+    return [(w, g, o) for _, w, g, o in (alike(w, w, g, o) for w, g, o in zip(weights, grads, origins, strict=True))]
+
+
+def copy_back(tensors: Iterable[Tensor], written: Iterable[Tensor]) -> None:
+    """Gives ``tensors`` what was written to their copies, where they had to be copied."""
+    for t, memory in zip(tensors, written, strict=True):
+        if memory.data_ptr() != t.data_ptr():
+            t.copy_(memory)
 
 
 def float64_per_sample(value: Scalar, like: Tensor) -> tuple[float, Tensor | None]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import alike, device_of, float64_per_sample
+from .memory import Row, alike, copy_back, device_of, float64_per_sample, rows_alike
 from .reference.step import Scalar
 
 Tensors = Sequence[Tensor]
@@ -181,24 +181,19 @@ se = partial(_loss, "se")
 
 
 def weight_sums(sums: Tensor, weights: Tensors, grads: Tensors, origins: Tensors, record: bool) -> None:
-    rows = [alike(o, w, _readable(g, w), o) for w, g, o in zip(weights, grads, origins, strict=True)]
-    _launch_weights("weight_sums", [(w, g, target if record else o) for target, w, g, o in rows], sums, record)
-    for origin, (target, *_) in zip(origins, rows, strict=True):
-        if record and target is not origin:
-            origin.copy_(target)
+    rows = rows_alike(weights, map(_readable, grads, weights), origins)
+    _launch_weights("weight_sums", rows, sums, record)
+    if record:
+        copy_back(origins, (o for _, _, o in rows))
 
 
 def perturb(weights: Tensors, grads: Tensors, origins: Tensors, sums: Tensor, gamma: float, alpha: float) -> None:
-    rows = [alike(w, w, _readable(g, w), o) for w, g, o in zip(weights, grads, origins, strict=True)]
-    _launch_weights("perturb", [(w, g, o) for _, w, g, o in rows], sums, False, gamma, alpha)
-    for weight, (_, moved, *_) in zip(weights, rows, strict=True):
-        if moved.data_ptr() != weight.data_ptr():
-            weight.copy_(moved)
+    rows = rows_alike(weights, map(_readable, grads, weights), origins)
+    _launch_weights("perturb", rows, sums, False, gamma, alpha)
+    copy_back(weights, (w for w, _, _ in rows))
 
 
-def _launch_weights(
-    name: str, rows: list[tuple[Tensor, Tensor, Tensor]], sums: Tensor, record: bool, gamma: float = 0.0, alpha: float = 0.0
-) -> None:
+def _launch_weights(name: str, rows: list[Row], sums: Tensor, record: bool, gamma: float = 0.0, alpha: float = 0.0) -> None:
     addresses = ([row[field].data_ptr() for row in rows] for field in range(3))
     sizes = [w.numel() for w, _, _ in rows]
     dtypes = ([_DTYPES[row[field].dtype] for row in rows] for field in range(2))

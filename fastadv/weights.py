@@ -72,14 +72,16 @@ class _WeightPerturbation:
         self._is_global = sync == "global" or (sync == "auto" and ddp is not None)
         self._buffers: dict[str, list[Tensor]] = {}  # kept between calls: fresh memory costs more than the kernels
         self._active = False
-        if not self._selected():
+        selected = self._selected()
+        if not selected:
             raise ValueError("no parameter to perturb: select(name, parameter) is false for all that require grad")
-        if restore == "after_step" and self._ranks() > 1 and not self._is_global and not _is_sharded(self._selected()):
+        apart = self._ranks() > 1 and not self._is_global and not _is_sharded(selected)  # each rank by its own gradient
+        if apart and restore == "after_step":
             raise ValueError(
                 "restore='after_step' with sync='local' lets ranks drift apart (weight decay acts on each rank's own "
                 "perturbed weights); use sync='global' or restore='before_step'"
             )
-        if sync == "auto" and self._ranks() > 1 and not self._is_global and not _is_sharded(self._selected()):
+        if apart and sync == "auto":
             warnings.warn(
                 "each rank perturbs its weights by its own gradient, since model does not hold DistributedDataParallel: "
                 "pass the wrapper, or say sync='global' or 'local'",

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastadv.memory import alike, device_of
+from fastadv.memory import Row, copy_back, device_of, rows_alike
 
 from .common import arithmetic
 from .step import l2_coefficients, l2_move, l2_products
@@ -30,20 +30,23 @@ W, G, ORIGIN, SIZE, PROGRAMS, FIRST, ROW, COLUMNS = (tl.constexpr(i) for i in ra
 
 
 @triton.jit
-def find(p_table, tensors):
-    """The table's row of this program's tensor, and which of its programs this is."""
+def pointer(p_cell, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    return tl.multiple_of(tl.load(p_cell).to(tl.pointer_type(DTYPE)), ALIGNMENT)
+
+
+@triton.jit
+def find(p_table, tensors, WEIGHT: tl.constexpr, GRAD: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """This program's tensor: its three pointers, its size, its programs and which of them this is, its row of the sums."""
     i, first, behind = tl.program_id(0), 0, tensors
     while behind - first > 1:
         middle = (first + behind) // 2
         mine = tl.load(p_table + middle * COLUMNS + FIRST) <= i
         first, behind = tl.where(mine, middle, first), tl.where(mine, behind, middle)
     p_row = p_table + first * COLUMNS
-    return p_row, i - tl.load(p_row + FIRST)
-
-
-@triton.jit
-def pointer(p_cell, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
-    return tl.multiple_of(tl.load(p_cell).to(tl.pointer_type(DTYPE)), ALIGNMENT)
+    p_w, p_g = pointer(p_row + W, WEIGHT, ALIGNMENT), pointer(p_row + G, GRAD, ALIGNMENT)
+    p_origin = pointer(p_row + ORIGIN, WEIGHT, ALIGNMENT)
+    size, programs, i_part = tl.load(p_row + SIZE), tl.load(p_row + PROGRAMS), i - tl.load(p_row + FIRST)
+    return p_w, p_g, p_origin, size, programs, i_part, tl.load(p_row + ROW)
 
 
 @triton.jit
@@ -67,10 +70,7 @@ def weight_sums_kernel(
     ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLICES: tl.constexpr,
 ):  # fmt: skip
     """sums[row, i_part]: |o|^2, <d,d>, <d,g>, <g,g> over every PROGRAMS-th chunk of a tensor; the last also fills up zeros."""
-    p_row, i_part = find(p_table, tensors)
-    p_w, p_g = pointer(p_row + W, WEIGHT, ALIGNMENT), pointer(p_row + G, GRAD, ALIGNMENT)
-    p_origin = pointer(p_row + ORIGIN, WEIGHT, ALIGNMENT)
-    size, programs = tl.load(p_row + SIZE), tl.load(p_row + PROGRAMS)
+    p_w, p_g, p_origin, size, programs, i_part, row = find(p_table, tensors, WEIGHT, GRAD, ALIGNMENT)
     b_oo, b_gg = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     b_dd, b_dg = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(i_part * BLOCK, size, programs * BLOCK):
@@ -87,7 +87,7 @@ def weight_sums_kernel(
             b_dd, b_dg, b_gg = b_dd + b_1, b_dg + b_2, b_gg + b_3
             b_o = b_o.to(tl.float64)
         b_oo += b_o * b_o
-    p_sums += tl.load(p_row + ROW) * slices * 4
+    p_sums += row * slices * 4
     tl.store(p_sums + i_part * 4, tl.sum(b_oo, 0))
     tl.store(p_sums + i_part * 4 + 1, tl.sum(b_dd, 0))
     tl.store(p_sums + i_part * 4 + 2, tl.sum(b_dg, 0))
@@ -103,13 +103,10 @@ def perturb_kernel(
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, ALIGNMENT: tl.constexpr, AT_ORIGIN: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLICES: tl.constexpr,
 ):  # fmt: skip
-    p_row, i_part = find(p_table, tensors)
-    p_w, p_g = pointer(p_row + W, WEIGHT, ALIGNMENT), pointer(p_row + G, GRAD, ALIGNMENT)
-    p_origin = pointer(p_row + ORIGIN, WEIGHT, ALIGNMENT)
-    size, programs = tl.load(p_row + SIZE), tl.load(p_row + PROGRAMS)
+    p_w, p_g, p_origin, size, programs, i_part, row = find(p_table, tensors, WEIGHT, GRAD, ALIGNMENT)
     o_slice = tl.arange(0, BLOCK_SLICES)
     m_slice = o_slice < slices
-    p_sums += (tl.load(p_row + ROW) * slices + o_slice) * 4
+    p_sums += (row * slices + o_slice) * 4
     oo, dd = tl.sum(tl.load(p_sums, mask=m_slice, other=0.0), 0), tl.sum(tl.load(p_sums + 1, mask=m_slice, other=0.0), 0)
     dg, gg = tl.sum(tl.load(p_sums + 2, mask=m_slice, other=0.0), 0), tl.sum(tl.load(p_sums + 3, mask=m_slice, other=0.0), 0)
     length = tl.sqrt(oo)
@@ -126,8 +123,6 @@ def perturb_kernel(
 
 BLOCK = 2048
 CHUNKS = 4  # of a program, where a tensor is not too large for its slices
-
-Row = tuple[Tensor, Tensor, Tensor]
 
 
 def _tables(rows: list[Row], most_programs: int, record: bool) -> Iterator[tuple[Tensor, int, int, dict[str, Any]]]:
@@ -157,28 +152,24 @@ _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: 
 
 def weight_sums(sums: Tensor, weights: Tensors, grads: Tensors, origins: Tensors, record: bool) -> None:
     """Writes ``sums`` [K, slices, 4], and ``origins`` where recorded; otherwise as :func:`fastadv.ops.weight_sums`."""
-    found = [alike(o, w, g, o) for w, g, o in zip(weights, grads, origins, strict=True)]
-    rows = [(w, g, target if record else o) for target, w, g, o in found]
+    rows = rows_alike(weights, grads, origins)
     slices = sums.shape[1]
     with device_of(sums):
         for table, tensors, programs, constants in _tables(rows, slices, record):
             weight_sums_kernel[(programs,)](
                 sums, table, tensors, slices, **constants, RECORD=record, BLOCK_SLICES=triton.next_power_of_2(slices)
             )
-    for origin, (target, *_) in zip(origins, found, strict=True):
-        if record and target is not origin:
-            origin.copy_(target)
+    if record:
+        copy_back(origins, (o for _, _, o in rows))
 
 
 def perturb(weights: Tensors, grads: Tensors, origins: Tensors, sums: Tensor, gamma: float, alpha: float) -> None:
     """Moves ``weights``; arguments as :func:`fastadv.ops.perturb_`."""
-    rows = [(w, g, o) for _, w, g, o in (alike(w, w, g, o) for w, g, o in zip(weights, grads, origins, strict=True))]
+    rows = rows_alike(weights, grads, origins)
     slices = sums.shape[1]
     with device_of(sums):
         for table, tensors, programs, constants in _tables(rows, 2**31, record=False):
             perturb_kernel[(programs,)](
                 sums, table, tensors, slices, gamma, alpha, **constants, BLOCK_SLICES=triton.next_power_of_2(slices)
             )
-    for weight, (moved, *_) in zip(weights, rows, strict=True):
-        if moved.data_ptr() != weight.data_ptr():
-            weight.copy_(moved)
+    copy_back(weights, (w for w, _, _ in rows))

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import checks, ops
 from ..engine import BN_MODES, Engine, Loop, Losses, Model, Passes, attacking, round_towards, unwrap
 from ..engine import Stats as EngineStats
+from ..reference.loss import classes_of
 from ..reference.step import Scalar, per_sample
 from .losses import DIVERGENCES, LABEL_LOSSES, AttackLoss, CustomLoss
 
@@ -200,8 +201,9 @@ class PGD:
         if reference is None and (loss.needs_reference or (compared and y is None)):
             with torch.no_grad():
                 reference, forwards = passes.logits(x), 1
+        label = reference if y is None else y
         loop = _Ascent(
-            adv=centre, centre=centre, y=y, reference=reference, label=_hard_labels(reference if y is None else y),
+            adv=centre, centre=centre, y=y, reference=reference, label=None if label is None else classes_of(label),
             eps=self.eps, alpha=-alpha if self.targeted else alpha, lo=lo, hi=hi, dtype=x.dtype,
             norm=self.norm, loss=loss, tracking=tracking, early_stop=self.early_stop,
         )  # fmt: skip
@@ -412,24 +414,6 @@ def _bucket(standing: int, of: int) -> int:
         size = half
     three_quarters = (3 * size + 3) // 4
     return three_quarters if three_quarters >= standing else size
-
-
-def _hard_labels(y: Tensor | None) -> Tensor | None:
-    return y.argmax(1) if y is not None and y.is_floating_point() else y
-
-
-def _custom_loss(loss: CustomLoss, logits: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The user's loss and, by autograd over the logits alone, its gradient."""
-    with torch.enable_grad():
-        z = logits.detach().requires_grad_()
-        value = loss(z, y)
-        if not isinstance(value, Tensor) or value.shape != z.shape[:1] or not value.requires_grad:
-            got = checks.describe(value) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"loss(logits, y) must return per-sample losses [{z.shape[0]}] that depend on logits; got {got}")
-        (dlogits,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
-        if dlogits is None:
-            raise ValueError("loss(logits, y) must depend on logits; its gradient does not reach them")
-    return value.detach(), dlogits
 
 
 def pgd(

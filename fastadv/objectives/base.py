@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import checks
 from ..attacks import PGD
 from ..engine import Model, attacking, unwrap
-from .labels import classes_of
+from ..reference.loss import classes_of
 
 
 @dataclass(frozen=True)

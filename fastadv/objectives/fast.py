@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import checks, ops
 from ..attacks import PGD
 from ..engine import BN_MODES, Model, attacking, unwrap
-from .labels import LabelLoss, classes_of, cross_entropy
+from ..reference.loss import classes_of
+from .labels import LabelLoss, cross_entropy
 from .pgd_at import PGDAT
 
 

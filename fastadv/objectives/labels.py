@@ -64,8 +64,3 @@ def checked(label_loss: LabelLoss) -> LabelLoss:
     if not callable(label_loss):
         raise ValueError(f"label_loss must be callable on (logits, y); got {label_loss!r}")
     return label_loss
-
-
-def classes_of(y: Tensor) -> Tensor:
-    """Class indices [N]; of soft labels, the likeliest."""
-    return y.argmax(1) if y.is_floating_point() else y

@@ -17,6 +17,11 @@ def one_hot(index: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).scatter_(1, index[:, None], 1.0)
 
 
+def classes_of(y: Tensor) -> Tensor:
+    """Class indices [N]; of soft labels or logits [N, C], the likeliest."""
+    return y.argmax(1) if y.is_floating_point() else y
+
+
 def pick(z: Tensor, index: Tensor) -> Tensor:
     """z[i, index[i]], [N]."""
     return z.gather(1, index[:, None]).squeeze(1)
