@@ -86,7 +86,7 @@ class _Kept:
     fixed: Any = None  # the loop that was recorded
     replay: Callable[[], None] | None = None
     addresses: tuple[int, ...] = ()
-    uses: int = 0
+    uses: int = 0  # of these inputs, all told
 
 
 class Engine:
@@ -176,6 +176,7 @@ class Engine:
             kept = self._kept.get(key)
             if kept is None and self._worth_keeping(key):
                 kept = self._kept[key] = self._new(loop, model, images, twinned)
+                kept.uses = self._seen[key]
             if kept is not None:
                 kept.uses += 1
                 plan = kept.plan
@@ -190,7 +191,7 @@ class Engine:
         return Run(loop, counted, exact)
 
     def _worth_keeping(self, key: Hashable) -> bool:
-        """Whether these inputs have been seen before, and more often than some whose plan would make room."""
+        """Whether these inputs have been seen before, and twice as often as some whose plan would make room."""
         seen = self._seen.pop(key, 0)
         self._seen[key] = seen + 1
         if len(self._seen) > 1000:  # shapes without end
@@ -199,7 +200,7 @@ class Engine:
             return False
         if len(self._kept) >= KEPT:
             rarest = min(self._kept, key=lambda k: self._kept[k].uses)
-            if self._kept[rarest].uses >= seen:
+            if 2 * self._kept[rarest].uses > seen:
                 return False
             del self._kept[rarest]
         return True

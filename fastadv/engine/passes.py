@@ -98,7 +98,8 @@ class Passes:
         if self.dtype != torch.float16:
             return dlogits
         largest = dlogits.abs().amax() if self.coupled else dlogits.abs().amax(1, keepdim=True)
-        return dlogits * (FP16_SCALE / largest.clamp(min=torch.finfo(dlogits.dtype).tiny))
+        least = FP16_SCALE * torch.finfo(dlogits.dtype).tiny  # of what is zero, the scale stays finite
+        return dlogits * (FP16_SCALE / largest.clamp(min=least))
 
 
 class CompiledPasses(Passes):
