@@ -24,7 +24,8 @@ def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]
     after the other: there is one pool for each stream that replays.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=_pool(device)):
+    # "thread_local": a data loader's thread may go on pinning memory meanwhile.
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
         step()
     return graph.replay
 
