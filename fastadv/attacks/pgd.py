@@ -280,7 +280,9 @@ class PGD:
             if not may_be_returned:
                 return adv
         elif self.norm == "linf":
-            seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=self.generator)
+            # Drawn on the CPU where it may be: reading it from a GPU would wait for all that is queued there.
+            device = "cpu" if self.generator is None else x.device
+            seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=self.generator)
             return ops.linf_start(x, self.eps, lo, hi, int(seed))
         else:  # a uniform direction and a uniform length
             noise, dims = torch.empty_like(x).normal_(generator=self.generator), tuple(range(1, x.dim()))
