@@ -9,6 +9,7 @@ fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``f
 from . import attacks, functional, objectives, ops, reference
 from ._version import __version__
 from .attacks import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
+from .machine import tune_allocator
 from .normalize import Normalize
 from .objectives import *  # noqa: F403 - the training methods
 from .ops import use_backend
@@ -29,6 +30,7 @@ __all__ = [
     "ops",
     "pgd",
     "reference",
+    "tune_allocator",
     "use_backend",
 ]
 __all__ += objectives.__all__
