@@ -29,9 +29,9 @@ _MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_P
 def tune_allocator() -> bool:
     """Has this process keep the memory that it frees, so that the next tensor on the CPU finds it without page faults.
 
-    By default glibc hands tensors of some megabytes back to the system as soon as they die, and each step of an attack, or of any
-    training loop on a CPU, then spends a good part of its time on getting fresh pages. Memory is not returned to the system any
-    more, for the life of the process; call it once, before the first large tensor. The command line does.
+    By default glibc hands tensors of some megabytes back to the system as soon as they die, and each step of an attack, or of
+    any training loop on a CPU, then spends a good part of its time on getting fresh pages. Memory is not returned to the system
+    any more, for the life of the process; call it once, before the first large tensor. ``fastadv demo`` does.
 
     Returns:
         Whether it was done: there is nothing to do where the C library is not glibc.
