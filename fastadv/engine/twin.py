@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Hashable
 from operator import attrgetter
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..normalize import Normalize
 from .guest import attacking
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -78,7 +78,7 @@ class Twin:
                     self._copies[f"{path}.{name}"] = own
 
     def refresh(self) -> None:
-        """Gives the twin the model's present weights and statistics, in place.
+        """Gives the twin the present weights and statistics of the model, which it fits, in place.
 
         All of them, each time. Version counters would not tell which have changed: fused optimisers and writes to ``.data``
         leave them alone, so a twin that trusted them would be attacked at stale weights, in silence. And there is little to
@@ -178,7 +178,7 @@ def _traits(value: object) -> object:
         return {k: _traits(v) for k, v in value.items() if k != "training"}
     if isinstance(value, list | tuple):
         return [_traits(v) for v in value]
-    return value if isinstance(value, Hashable) else type(value)  # what is hashable has an equality that can be trusted
+    return type(value) if type(value).__hash__ is None else value  # what can be hashed has an equality that can be trusted
 
 
 # ------------------------------------------------------------------------------------------------------------ the trace
@@ -217,6 +217,10 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.nesting = _autocast_nesting()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        ours = type(m) is Normalize  # which looks at the shape of x before it computes
+        return ours or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, kind: str, target: fx.node.Target, *args: Any, **kwargs: Any) -> fx.Node:
         if not torch.is_grad_enabled():
