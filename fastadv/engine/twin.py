@@ -77,6 +77,7 @@ class Twin:
                 if path not in self._folds:
                     self._copies[f"{path}.{name}"] = own
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Gives the twin the present weights and statistics of the model, which it fits, in place.
 
@@ -84,17 +85,16 @@ class Twin:
         leave them alone, so a twin that trusted them would be attacked at stale weights, in silence. And there is little to
         save: this passes over the weights once, where an attack passes over them 20 times with a batch.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            for layer, norm in self._folds.items():
-                _fold_into(self.module.get_submodule(layer), self._root.get_submodule(layer), self._root.get_submodule(norm))
-            alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))  # what one kernel can copy
-            for name, ours in self._copies.items():
-                theirs = attrgetter(name)(self._root)
-                own, present = alike[ours.device, ours.dtype, theirs.dtype, ours.stride() == theirs.stride()]
-                own.append(ours)
-                present.append(theirs)
-            for own, present in alike.values():
-                torch._foreach_copy_(own, present)
+        for layer, norm in self._folds.items():
+            _fold_into(self.module.get_submodule(layer), self._root.get_submodule(layer), self._root.get_submodule(norm))
+        alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))  # what one kernel can copy
+        for name, ours in self._copies.items():
+            theirs = attrgetter(name)(self._root)
+            own, present = alike[ours.device, ours.dtype, theirs.dtype, ours.stride() == theirs.stride()]
+            own.append(ours)
+            present.append(theirs)
+        for own, present in alike.values():
+            torch._foreach_copy_(own, present)
 
     def fits(self, model: nn.Module) -> bool:
         """Whether this is the model that the twin was made of, and only values of tensors have changed in it since.
@@ -264,7 +264,7 @@ def _fold(graph: fx.Graph, root: nn.Module) -> dict[str, str]:
         layer, norm = root.get_submodule(layer_name), root.get_submodule(norm_name)
         linear = type(layer) is nn.Linear and type(norm) is nn.BatchNorm1d and layer.out_features == norm.num_features
         conv = type(layer) in (*CONVS, *TRANSPOSED) and type(norm) in NORMS
-        if not (linear or conv) or norm.running_mean is None or norm.running_var is None:
+        if not (linear or conv) or norm.running_mean is None:
             continue
         if layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_empty(norm.num_features))
