@@ -494,6 +494,7 @@ REMADE = {
     "float32": lambda net: net.float(),
     "another layer": lambda net: setattr(net.body, "2", nn.ReLU()),
     "another activation": lambda net: setattr(net.body, "2", nn.GELU()),
+    "another class": lambda net: setattr(net.body[2], "__class__", nn.SiLU),
     "another shape": lambda net: setattr(net.tail[4], "weight", nn.Parameter(torch.rand(9, 72).double())),
     "bias gone": lambda net: setattr(net.tail[4], "bias", None),
     "eps": lambda net: setattr(net.last, "eps", 0.1),
@@ -602,6 +603,7 @@ REFUSED = {
         r"^model: it calls aten._local_scalar",
     ),
     "random number": (lambda: Net(lambda m, x: x * torch.rand(1)), r"^model: it calls aten.rand"),
+    "odd result": (lambda: Net(lambda m, x: object()), r"^model: it cannot be traced: NotImplementedError"),
     "module outside": (lambda: Net(lambda m, x: m.t[0](x), t=[conv()]), r"^model: it cannot be traced: NameError"),
 }
 
@@ -624,9 +626,10 @@ def test_refusals_say_where_and_why(build, reason):
     assert "\n" not in str(caught.value)
 
 
-def test_ddp_is_refused(process_group):
+def test_ddp_is_refused_but_not_what_it_wraps(process_group):
     with pytest.raises(TwinError, match=r"^model: a DistributedDataParallel cannot be copied; attack the module inside it"):
-        Twin(nn.parallel.DistributedDataParallel(conv()))
+        Twin(nn.parallel.DistributedDataParallel(net := conv()))
+    Twin(net).check(batch()[0])
 
 
 def test_check_finds_what_tracing_kept():

@@ -79,7 +79,7 @@ class Twin:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Gives the twin the present weights and statistics of the model, which it fits, in place.
+        """Gives the twin the model's present weights and statistics, in place. Only where it :meth:`fits`.
 
         All of them, each time. Version counters would not tell which have changed: fused optimisers and writes to ``.data``
         leave them alone, so a twin that trusted them would be attacked at stale weights, in silence. And there is little to
@@ -99,8 +99,8 @@ class Twin:
     def fits(self, model: nn.Module) -> bool:
         """Whether this is the model that the twin was made of, and only values of tensors have changed in it since.
 
-        Same modules, of the same settings (also the Python numbers, strings and functions that are attributes of a user's
-        module, since a trace keeps them as they were), with tensors of the same shapes, dtypes and devices.
+        Same modules, with tensors of the same shapes, dtypes and devices, and with the same attributes: a trace keeps numbers,
+        strings and functions as they were. So a counter in forward makes the twin of the step before unfit.
         """
         return model is self._root.model and _model_traits(self._root) == self._traits
 
