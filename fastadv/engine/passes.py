@@ -76,12 +76,10 @@ class Passes:
 
     def answer(self, inputs: Tensor) -> Tensor:
         """What the model says, in the type in which it says it. Has no mark, for it gets compiled."""
-        with contextlib.ExitStack() as setting:
-            if self.dtype is not None:
-                # The cache would hold casts of weights made without a graph, which a training step could then meet.
-                setting.enter_context(torch.autocast(inputs.device.type, self.dtype, cache_enabled=False))
-            if self.signs:
-                setting.enter_context(signs_only())
+        nothing = contextlib.nullcontext()
+        # The cache would hold casts of weights made without a graph, which a training step could then meet.
+        precision = nothing if self.dtype is None else torch.autocast(inputs.device.type, self.dtype, cache_enabled=False)
+        with precision, signs_only() if self.signs else nothing:  # torch.compile sees through this, not through an ExitStack
             logits: Tensor = self.model(inputs)
         return logits
 
