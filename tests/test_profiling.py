@@ -78,7 +78,7 @@ def test_passes_without_a_gradient_are_forward_too():
     profile = fastadv.profile(attack, batch()[0])
     assert attack.info.forwards == 3
     assert profile.seconds[FORWARD] >= 3 * NAP
-    assert profile.seconds[REST] < NAP
+    assert profile.seconds[REST] < 2 * NAP
 
 
 VARIANTS = {
@@ -122,7 +122,7 @@ def test_rows_share_out_the_call_and_the_trace_has_them(variant, tmp_path):
 
 def test_each_row_is_its_median_over_the_calls_and_torchs_profiler_is_not_in_it():
     model, seen = Napping(0, 0), []
-    naps = iter([0, 0, 0, 0.002, 0.03, 0.002, 0.03, 0.03])  # two calls to warm up, five to measure, one for the trace
+    naps = iter([0, 0, 0, 0.002, 0.1, 0.002, 0.1, 0.1])  # two calls to warm up, five to measure, one for the trace
 
     def nap_and_see(*_):
         seen.append(torch._C._autograd._profiler_enabled())
@@ -130,7 +130,7 @@ def test_each_row_is_its_median_over_the_calls_and_torchs_profiler_is_not_in_it(
 
     model.register_forward_pre_hook(nap_and_see)
     profile = fastadv.profile(fastadv.PGD(model, 8 / 255, steps=1), *batch())
-    assert 0.002 <= profile.seconds[FORWARD] < 0.03
+    assert 0.002 <= profile.seconds[FORWARD] < 0.1
     assert seen == [False] * (CALLS - 1) + [True]
 
 
@@ -186,7 +186,7 @@ def test_a_replayed_step_has_one_row(monkeypatch):
     monkeypatch.setattr(graphs, "available", lambda device: True)
     monkeypatch.setattr(graphs, "_pool", lambda device: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recording)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 
     profile = fastadv.profile(fastadv.PGD(linear(), 8 / 255, steps=3, engine="graph"), *batch())
