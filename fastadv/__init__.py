@@ -13,6 +13,7 @@ from .machine import tune_allocator
 from .normalize import Normalize
 from .objectives import *  # noqa: F403 - the training methods
 from .ops import use_backend
+from .profiling import Profile, profile
 from .weights import AWP, RWP
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "AttackInfo",
     "NaNGradientWarning",
     "Normalize",
+    "Profile",
     "__version__",
     "attacks",
     "fgsm",
@@ -29,6 +31,7 @@ __all__ = [
     "objectives",
     "ops",
     "pgd",
+    "profile",
     "reference",
     "tune_allocator",
     "use_backend",
