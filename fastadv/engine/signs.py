@@ -157,9 +157,8 @@ def _batch_norm(
 def _max_pool2d(
     func: Any, x: Tensor, kernel_size: Numbers, stride: Numbers | None = None,
     padding: Numbers = 0, dilation: Numbers = 1, ceil_mode: bool = False, return_indices: bool = False,
-) -> Tensor | None:  # fmt: skip
-    if return_indices:
-        return None
+) -> Tensor:  # fmt: skip
+    # Where indices are asked for, torch calls another function: they are not.
     window = (kernel_size, stride or [], padding, dilation, ceil_mode)
     small = torch.int16 if x.shape[-2] * x.shape[-1] <= 2**15 else torch.int32
     like_x = _stand_in(x)
