@@ -77,7 +77,8 @@ class PGD:
         keep_best: return the best iterate of each sample instead of the last (one more forward a restart). Best is a
             fooling image before any other, then the highest loss.
         early_stop: a sample stops with the first image that fools the model, and the attack ends when all have one. Implies
-            keep_best; waits for the device at each step. Under bn "eval" and a loss by name the others go on in smaller batches.
+            keep_best; waits for the device at each step. Under bn "eval" and a loss by name the others go on in smaller
+            batches.
         generator: source of the random start; default: torch's global one.
         engine: "eager"; "compile": forward, loss and backward as one compiled graph (torch.compile; minutes for a large model,
             once a shape), replayed as a CUDA graph on a GPU; "graph": the step recorded as a CUDA graph and replayed, the same
