@@ -269,6 +269,23 @@ def test_an_attack_within_a_training_step_under_autocast(options, as_function):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("as_function", [False, True])
+def test_each_step_under_autocast_sees_the_images_of_the_last(as_function):
+    """Autocast caches casts of leaves that require grad, and the images are one, which moves in place."""
+    net = cnn(dropout=0.0).eval()
+    (x, y), adv = batch(), batch()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = fastadv.pgd((lambda z: net(z)) if as_function else net, x, y, 0.03, 0.01, steps=4, init="zero")
+        assert torch.is_autocast_cache_enabled()
+    for _ in range(4):
+        z = adv.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(z)
+        (grad,) = torch.autograd.grad(logits, z, fastadv.ops.log_odds(logits.detach(), y)[1])
+        fastadv.ops.linf_step_(adv, grad, x, 0.01, 0.03, 0.0, 1.0)
+    assert torch.equal(ours, adv)
+
+
 def test_a_graph_recorded_before_the_attack_still_goes_backward_after_it():
     """As in TRADES with a shared clean forward."""
     x, y = batch()

@@ -40,6 +40,9 @@ def attacking(model: Model, bn: str = "eval") -> Iterator[None]:
     with contextlib.ExitStack() as restore:
         restore.enter_context(torch.inference_mode(False))
         restore.enter_context(torch.enable_grad())
+        # The images require grad and move in place: a cast of them that the caller's autocast kept would be the first step's.
+        restore.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
         for parameter in [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad and p.is_leaf]:
             parameter.requires_grad_(False)
             restore.callback(parameter.requires_grad_, True)
