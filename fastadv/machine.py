@@ -22,6 +22,18 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
+def multiplication() -> tuple[object, ...]:
+    """What float32 is multiplied in: itself, TF32 or bfloat16, in matrix products and convolutions.
+
+    torch.get_float32_matmul_precision() raises once the newer of torch's two interfaces has been used.
+    """
+    backends = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+        return torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)  # type: ignore[attr-defined]
+    return tuple(place.fp32_precision for place in places)
+
+
 # Options of glibc's mallopt and what they are set to: no allocation gets pages of its own, none go back to the system.
 _MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
 

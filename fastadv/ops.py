@@ -55,6 +55,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _asked_for.reset(token)
 
 
+def asked_for() -> str | None:
+    """The backend that :func:`use_backend` or FASTADV_BACKEND asks for; None: the best there is."""
+    return _asked_for.get()
+
+
 def _check_backend_name(name: str | None) -> None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")

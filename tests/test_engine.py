@@ -303,6 +303,16 @@ def test_a_shape_is_recorded_when_it_comes_again_and_then_replayed(recorder):
     assert (attack.stats.recorded, attack.stats.moved) == (2, 0)
 
 
+@contextlib.contextmanager
+def multiplied_in(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_what_a_recording_depends_on(recorder, monkeypatch):
     """A change of these is another recording; of eps, alpha and weights, none."""
     monkeypatch.setattr(engine, "KEPT", 99)
@@ -325,6 +335,9 @@ def test_what_a_recording_depends_on(recorder, monkeypatch):
         lambda: contextlib.nullcontext(setattr(attack, "keep_best", True)),
         lambda: contextlib.nullcontext(net[1].train(False)),
         lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: fastadv.use_backend("reference"),
+        lambda: contextlib.nullcontext(monkeypatch.setattr(graphs, "stream", lambda device: 1)),
+        lambda: multiplied_in("high"),
     ]
     for i, change in enumerate(changes, 2):
         with change():
@@ -332,6 +345,22 @@ def test_what_a_recording_depends_on(recorder, monkeypatch):
                 attack(x, y)
         assert len(recorder.recorded) == i, i
     assert attack.stats.moved == 0
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="a torch with one interface to TF32")
+def test_tf32_by_either_of_torchs_interfaces(recorder):
+    """Once the newer is used, torch refuses to answer through the older."""
+    x, y = batch()
+    attack = fastadv.PGD(linear(), 0.03, steps=1, engine="graph")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for i, precision in enumerate(("ieee", "tf32"), 1):
+            matmul.fp32_precision = precision
+            attack(x, y), attack(x, y)
+            assert len(recorder.recorded) == i
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_weights_that_move_are_recorded_again(recorder):

@@ -18,8 +18,8 @@ from typing import Any, Generic, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..machine import device_name
+from .. import checks, ops
+from ..machine import device_name, multiplication
 from . import choices, graphs
 from .guest import Model, keeping_buffers
 from .loop import L, Loop
@@ -310,7 +310,7 @@ class Engine:
         """What besides the loop decides what its step computes."""
         modes = tuple(m.training for m in model.modules()) if self.bn != "eval" and isinstance(model, nn.Module) else ()
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        return modes, autocast, torch.get_float32_matmul_precision()
+        return modes, autocast, multiplication(), ops.asked_for(), graphs.stream(device)
 
 
 def _addresses(model: Model) -> tuple[int, ...]:

@@ -37,8 +37,13 @@ def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]
     return replay
 
 
+def stream(device: torch.device) -> int:
+    """The present one, by its address. What was recorded for one is not replayed on another: they share memory, unordered."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def _pool(device: torch.device) -> Any:
-    key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index or 0, stream(device))
     if key not in _pools:
         _pools[key] = torch.cuda.graph_pool_handle()
     return _pools[key]
