@@ -13,7 +13,9 @@ import json
 import pickle
 import weakref
 from collections.abc import Callable
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -361,6 +363,27 @@ def test_tf32_by_either_of_torchs_interfaces(recorder):
             assert len(recorder.recorded) == i
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, Fraction, torch.tensor], ids=lambda f: f.__name__)
+def test_sizes_of_any_kind_of_number_are_no_part_of_a_recording(recorder, number):
+    x, y = batch()
+    attack = fastadv.PGD(linear(), number(0.5), steps=2, init="zero", engine="graph")
+    attack(x, y), attack(x, y)
+    attack.eps = number(0.25)
+    assert torch.equal(attack(x, y), fastadv.pgd(linear(), x, y, 0.25, steps=2, init="zero"))
+    assert attack.stats.recorded == 1
+
+
+def test_all_that_a_recorded_step_reads_is_on_its_device():
+    """Sizes may be 0-dim tensors on the CPU, which would be copied in each step."""
+
+    class Steps(fastadv.engine.Loop):
+        STATE = ("adv", "eps", "alpha")
+        adv, eps, alpha = torch.rand(2, 3, device="meta"), torch.tensor(0.5), 0.25
+
+    fixed = Steps().fixed(torch.device("meta"))
+    assert {fixed.adv.device.type, fixed.eps.device.type, fixed.alpha.device.type} == {"meta"}
 
 
 def test_weights_that_move_are_recorded_again(recorder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
+from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -54,11 +55,11 @@ class Loop:
 
     def fixed(self: L, device: torch.device) -> L:
         """A copy whose state lives in tensors of its own, scalars too, for :meth:`load` to fill and a recorded step to read."""
-        other = self.mapped(lambda t: t.detach().clone())
+        other = self.mapped(lambda t: t.detach().clone().to(device))  # a size may be a 0-dim tensor elsewhere
         for name in self.STATE:
             value = getattr(other, name)
-            if isinstance(value, float | int):
-                setattr(other, name, torch.full((), value, dtype=torch.float64, device=device))
+            if isinstance(value, Real):
+                setattr(other, name, torch.full((), float(value), dtype=torch.float64, device=device))
         return other
 
     def load(self, other: Loop) -> None:
@@ -69,7 +70,7 @@ class Loop:
                 if isinstance(theirs, Tensor):
                     mine.copy_(theirs)
                 elif theirs is not None:
-                    mine.fill_(theirs)
+                    mine.fill_(float(theirs))
 
     def channels_last(self: L) -> L:
         """A copy with images in channels_last memory."""
