@@ -729,6 +729,23 @@ def test_lower_precision_is_as_strong_and_scored_in_fp32(precision, options):
     torch.testing.assert_close(attack.info.loss, loss)
 
 
+def test_a_restart_is_not_left_out_on_the_word_of_lower_precision():
+    """In which the last images of a restart seem to fool this model."""
+    net = linear()
+    x, _ = batch()
+    y = net(x).argmax(1)
+    steps = []
+
+    def model(z):
+        steps.extend([1] * torch.is_grad_enabled())
+        return -net(z) if torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled() else net(z)
+
+    attack = fastadv.PGD(model, 1e-5, steps=2, restarts=3, early_stop=True, precision="bf16")
+    attack(x, y)
+    assert len(steps) == 6
+    assert not attack.info.success.any()
+
+
 def test_rescoring_measures_divergences_from_the_models_own_prediction():
     x, _ = digits()
     x, net = x[1200:1300], trained_lenet()

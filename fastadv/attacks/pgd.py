@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..engine import BN_MODES, Engine, Loop, Losses, Model, Passes, attacking, round_towards, unwrap
+from ..engine import BN_MODES, Engine, Loop, Losses, Model, Passes, Run, attacking, round_towards, unwrap
 from ..engine import Stats as EngineStats
 from ..reference.loss import classes_of
 from ..reference.step import Scalar, per_sample
@@ -245,17 +246,22 @@ class PGD:
                     part, rows = run.loop.rows(kept), kept if rows is None else rows[kept]
                     part.passes = loop.passes
                     run = self.engine.run(part, model)
-            stopped = run.loop.fooled.clone() if self.early_stop and not run.exact else None
-            run.step()
-            forwards, exact = forwards + 1, exact and run.exact
-            if stopped is not None:  # who stops on the word of other passes than the model's own might have stopped too soon
-                forwards += run.loop.confirm(stopped, Passes(model))
+            forwards += self._look(run, run.step, model)
+            exact = exact and run.exact
         else:
             if loop.image is not None:
-                run.loop.evaluate()
-                forwards += 1
+                forwards += self._look(run, run.loop.evaluate, model)
         loop.update(run.loop, rows)
         return forwards, exact
+
+    def _look(self, run: Run[_Ascent], look: Callable[[], None], model: Model) -> int:
+        """A step, or an evaluation; the number of forwards that it took."""
+        stopped = run.loop.fooled.clone() if self.early_stop and not run.exact else None
+        look()
+        if stopped is None:
+            return 1
+        # Who stops on the word of other passes than the model's own might have stopped too soon.
+        return 1 + run.loop.confirm(stopped, Passes(model))
 
     def _shrinks(self) -> bool:
         """Whether the fooled may leave the batch: batch statistics, and perhaps the user's loss, couple them to the others."""
