@@ -543,6 +543,50 @@ def test_a_model_that_cannot_be_compiled(monkeypatch):
     assert "compile, channels_last" in attack.stats.failed
 
 
+class Counts(nn.Module):
+    """An attribute that torch.compile takes for a constant changes in each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.calls = linear(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x) + 0 * self.calls
+
+
+def test_auto_does_without_a_plan_that_fails_while_it_is_timed(monkeypatch):
+    """torch.compile refuses to compile again and again."""
+    monkeypatch.setattr(torch, "compile", aot)
+    x, y = batch()
+    attack = fastadv.PGD(Counts(), 0.03, steps=1, init="zero", engine="auto")
+    attack(x, y)
+    assert torch.equal(attack(x, y), fastadv.pgd(Counts(), x, y, 0.03, steps=1, init="zero"))
+    assert "compile, channels_last" in attack.stats.failed
+    assert "eager" in attack.stats.steps
+
+
+def test_a_remembered_plan_that_does_not_run_here_is_measured_anew(monkeypatch, own_choices):
+    """The same by name and weights, but its code has changed since; or there is no compiler on this machine."""
+    seconds = {"eager": 1.0, "eager, channels_last": 1.0, "compile, channels_last": 0.5}
+    timed = pretend(monkeypatch, seconds)
+    x, y = batch()
+    attack = fastadv.PGD(linear(), 0.03, steps=1, engine="auto")
+    attack(x, y), attack(x, y)
+    assert attack.stats.steps == {"eager": 1, "compile, channels_last": 1}
+
+    def fail(function, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    del timed[:]
+    attack = fastadv.PGD(linear(), 0.03, steps=1, engine="auto")
+    attack(x, y), attack(x, y)
+    assert timed
+    assert attack.stats.steps == {"eager": 2}
+    assert attack.stats.failed == {"compile, channels_last": "RuntimeError: no compiler"}
+
+
 def pretend(monkeypatch, seconds: dict[str, float]) -> list[str]:
     """Makes plans appear to take so long; the names of those that were timed."""
     timed: list[str] = []

@@ -11,7 +11,7 @@ import copy
 import logging
 import time
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple
 
@@ -229,7 +229,12 @@ class Engine:
         key = choices.fingerprint(model, device_name(loop.adv.device), signature)
         remembered = choices.known().get(key) if key is not None else None
         shown = f"{'x'.join(map(str, loop.adv.shape))} {str(loop.adv.dtype).removeprefix('torch.')}"
-        if remembered is None or remembered["plan"] not in map(str, plans):
+        kept = next((_Kept(plan) for plan in plans if remembered is not None and str(plan) == remembered["plan"]), None)
+        if kept is not None and kept.plan != plans[0] and self._tried(kept, loop, model) is None:
+            kept = None  # what ran elsewhere may not run here
+        if remembered is not None and kept is not None:
+            milliseconds = remembered["milliseconds"]
+        else:
             logger.warning("engine='auto': measuring %d ways to run this attack on %s, once", len(plans), shown)
             kept, milliseconds = self._measured(loop, model, plans)
             if key is not None:
@@ -243,39 +248,55 @@ class Engine:
                         device=device_name(loop.adv.device),
                     ),
                 )
-        else:
-            milliseconds = remembered["milliseconds"]
-            kept = _Kept(next(plan for plan in plans if str(plan) == remembered["plan"]))
         self.stats.choices[shown] = milliseconds
         return kept
 
     def _measured(self, loop: Loop, model: Model, plans: list[Plan]) -> tuple[_Kept, dict[str, float]]:
         """Times one step by each plan, in turns, on copies of the loop; the model and the generators are left alone."""
-        device, steps = loop.adv.device, dict[Plan, Callable[[], None]]()
-        kept = {plan: _Kept(plan) for plan in plans}
-        with contextlib.ExitStack() as restore:
-            restore.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-            if self.bn == "train":
-                restore.enter_context(keeping_buffers(model))
-            for plan in plans:
-                try:
-                    _, step = self._realised(kept[plan], loop.mapped(lambda t: t.detach().clone()))
-                    _seconds(step, device), _seconds(step, device)
-                    steps[plan] = step
-                except Exception as error:
-                    if plan == plans[0]:  # the eager one: not the plan's fault
-                        raise
-                    self.stats.failed[str(plan)] = f"{type(error).__name__}: {error}".splitlines()[0]
+        device, kept = loop.adv.device, {plan: _Kept(plan) for plan in plans}
+        steps = {plan: step for plan in plans if (step := self._tried(kept[plan], loop, model, must=plan == plans[0]))}
+        times: dict[Plan, list[float]] = {plan: [] for plan in steps}
+        with self._undisturbed(model, device):
             once = _seconds(steps[plans[0]], device)
             repeat, rounds = max(1, int(0.02 / once)), 3 if once > 0.3 else 7
-            times: dict[Plan, list[float]] = {plan: [] for plan in steps}
-            for _ in range(rounds):
-                for plan, step in steps.items():
-                    times[plan].append(_seconds(step, device, repeat) / repeat)
+            for plan in list(times) * rounds:
+                try:
+                    if plan in times:
+                        times[plan].append(_seconds(steps[plan], device, repeat) / repeat)
+                except Exception as error:  # torch.compile gives up on a model that it has to compile again and again
+                    if plan == plans[0]:
+                        raise
+                    self._failed(plan, error)
+                    del times[plan]
         least = {plan: min(seconds) for plan, seconds in times.items()}
         fastest = min(least, key=lambda plan: least[plan])
         chosen = fastest if least[fastest] <= MARGIN * least[plans[0]] else plans[0]
         return kept[chosen], {str(plan): round(1e3 * least[plan], 4) for plan in sorted(least, key=lambda p: least[p])}
+
+    def _tried(self, kept: _Kept, loop: Loop, model: Model, must: bool = False) -> Callable[[], None] | None:
+        """A step by the plan, run twice on a copy of the loop; None where that fails, for whatever reason, and may."""
+        try:
+            with self._undisturbed(model, loop.adv.device):
+                _, step = self._realised(kept, loop.mapped(lambda t: t.detach().clone()))
+                step(), step()
+        except Exception as error:
+            if must:
+                raise
+            self._failed(kept.plan, error)
+            return None
+        return step
+
+    def _failed(self, plan: Plan, error: Exception) -> None:
+        self.stats.failed[str(plan)] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+    @contextlib.contextmanager
+    def _undisturbed(self, model: Model, device: torch.device) -> Iterator[None]:
+        """Steps inside draw from copies of the generators, and leave running statistics as they were."""
+        with contextlib.ExitStack() as restore:
+            restore.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            if self.bn == "train":
+                restore.enter_context(keeping_buffers(model))
+            yield
 
     def _realised(self, kept: _Kept, loop: L) -> tuple[L, Callable[[], None]]:
         """The loop laid out, on the passes and behind the recording that the plan wants, each made where there is none."""
