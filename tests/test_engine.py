@@ -199,6 +199,26 @@ def test_nothing_is_disturbed_by_an_exception(way, k):
     assert torch.isfinite(attack(x, y)).all()
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.full((6,), 10), r"y must be labels in \[0, 10\); got labels from 10 to 10"),
+        (torch.ones(6, 9), r"soft labels y must be \[6, 10\] like the logits; got \[6, 9\]"),
+    ],
+    ids=["hard", "soft"],
+)
+def test_labels_are_checked_in_every_call(way, labels, message):
+    """A recorded or compiled step cannot: there they would be read from, or written to, memory of somebody else."""
+    net = cnn(dropout=0.0)
+    x, _ = batch()
+    good = labels % 10 if labels.dim() == 1 else torch.full((6, 10), 0.1)
+    attack = attack_by(way, net)
+    for _ in range(3):
+        attack(x, good)
+        with pytest.raises(ValueError, match=message):
+            attack(x, labels)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_within_any_grad_mode(way, context):
     net = cnn(dropout=0.0)

@@ -124,6 +124,7 @@ class Engine:
         self._model: Callable[[], Model | None] = lambda: None
         self._twin: Twin | None = None
         self._twin_failed, self._remade = "", 0
+        self._classes = 0  # that the model answered with
         self._seen: dict[Hashable, int] = {}
         self._kept: dict[Hashable, _Kept] = {}
 
@@ -144,8 +145,14 @@ class Engine:
         self.stats.precision = next(
             (name for name, d in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if d == dtype), "fp32"
         )
+
+        def checked(logits: Tensor) -> None:
+            if check is not None:
+                check(logits)
+            self._classes = logits.shape[1]
+
         program = self._twin_of(model, x, dtype) if self.twin else model
-        return Passes(program, dtype, self.memory == "signs", self.bn != "eval", check)
+        return Passes(program, dtype, self.memory == "signs", self.bn != "eval", checked)
 
     def _twin_of(self, model: Model, x: Tensor, dtype: torch.dtype | None) -> Model:
         """The model's twin with its present weights; the model itself, with one line in the log, where there can be none."""
@@ -301,6 +308,10 @@ class Engine:
     def _realised(self, kept: _Kept, loop: L) -> tuple[L, Callable[[], None]]:
         """The loop laid out, on the passes and behind the recording that the plan wants, each made where there is none."""
         plan = kept.plan
+        if (plan.compiled or plan.replayed) and loop.passes.check is not None:  # which waits for the device, so not in the step
+            if self._classes:
+                loop.passes.check(torch.empty(len(loop.adv), self._classes, device="meta"))
+            loop.passes.check = None
         if plan.channels_last:
             loop = loop.channels_last()
         if plan.compiled:
@@ -312,7 +323,6 @@ class Engine:
             return loop, loop.step
         addresses = _addresses(loop.passes.model)
         if kept.fixed is None or kept.replay is None or kept.addresses != addresses:
-            loop.passes.check = None  # it waits for the device, and the first, eager call has passed it
             fixed = loop.fixed(loop.adv.device)
             if plan.compiled:
                 fixed.step()  # compiles, which cannot be recorded
