@@ -406,6 +406,24 @@ def test_all_that_a_recorded_step_reads_is_on_its_device():
     assert {fixed.adv.device.type, fixed.eps.device.type, fixed.alpha.device.type} == {"meta"}
 
 
+def test_a_step_is_run_before_it_is_recorded_and_leaves_no_trace(recorder, monkeypatch):
+    """Kernels are loaded and tuned at their first launch, which may not be within a recording."""
+    x, y = batch()
+    seen, before = [], []
+    record = graphs.record
+    monkeypatch.setattr(graphs, "record", lambda *arguments: before.append(len(seen)) or record(*arguments))
+    nets = [cnn().train() for _ in range(2)]  # with dropout
+    nets[0].register_forward_hook(lambda *_: seen.append(1))
+    images = []
+    for net, way in zip(nets, ("graph", "eager"), strict=True):
+        torch.manual_seed(0)
+        attack = fastadv.PGD(net, 0.03, steps=2, bn="train", engine=way)
+        images.append([attack(x, y) for _ in range(3)])
+    assert before == [3]
+    assert all(torch.equal(a, b) for a, b in zip(*images, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].buffers(), nets[1].buffers(), strict=True))
+
+
 def test_weights_that_move_are_recorded_again(recorder):
     net = cnn(dropout=0.0)
     x, y = batch()

@@ -323,11 +323,14 @@ class Engine:
             return loop, loop.step
         addresses = _addresses(loop.passes.model)
         if kept.fixed is None or kept.replay is None or kept.addresses != addresses:
-            fixed = loop.fixed(loop.adv.device)
-            if plan.compiled:
-                fixed.step()  # compiles, which cannot be recorded
+            device = loop.adv.device
+            with self._undisturbed(loop.passes.model, device):
+                # Compiles, and loads, tunes and allocates what kernels in this layout, with sizes in tensors, do at their first
+                # launch, none of which can be recorded.
+                loop.fixed(device).step()
+            fixed = loop.fixed(device)
             try:
-                kept.replay = graphs.record(fixed.step, loop.adv.device)
+                kept.replay = graphs.record(fixed.step, device)
             except RuntimeError as error:
                 message = f"a step of this attack cannot be recorded as a CUDA graph, use engine='eager': {error}"
                 raise RuntimeError(message) from error
