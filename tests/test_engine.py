@@ -702,6 +702,16 @@ def test_a_damaged_file_of_choices_is_measured_anew(monkeypatch, own_choices, co
     assert not list(own_choices.glob("tmp*"))
 
 
+def test_choices_for_a_loss_of_the_users_are_found_again(monkeypatch):
+    """By its name: its address is another in each process, and the file would grow by each."""
+    pretend(monkeypatch, {})
+    x, y = batch()
+    for _ in range(3):
+        attack = fastadv.PGD(linear(), 0.03, steps=1, loss=lambda z, y: -z.gather(1, y[:, None])[:, 0], engine="auto")
+        attack(x, y), attack(x, y)
+    assert len(choices.known()) == 1
+
+
 def test_a_home_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     pretend(monkeypatch, {})
     (tmp_path / "file").write_text("")

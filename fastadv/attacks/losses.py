@@ -35,6 +35,10 @@ class AttackLoss:
     def __hash__(self) -> int:  # a callable may have none
         return hash((self.of if isinstance(self.of, str) else id(self.of), self.targeted, self.coupled))
 
+    def __repr__(self) -> str:  # the same in the next process, which looks up by it what was measured in this one
+        name = self.of if isinstance(self.of, str) else getattr(self.of, "__qualname__", type(self.of).__qualname__)
+        return f"AttackLoss({name}, targeted={self.targeted}, coupled={self.coupled})"
+
     @property
     def is_divergence(self) -> bool:
         """Measured from the clean prediction, without labels."""
