@@ -1,4 +1,4 @@
-"""What gets attacked and trained: a network for digits, the field's for CIFAR, ImageNet's, a transformer, and almost none at all."""
+"""What gets attacked and trained: a network for digits, the field's for CIFAR and ImageNet, and almost no network at all."""
 
 from __future__ import annotations
 
