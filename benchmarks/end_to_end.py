@@ -6,8 +6,8 @@ in TF32 and cuDNN chooses its kernels by trying them, for everyone.
 
 The floor of an attack is bare model passes, ten forwards and ten input gradients, run as the attack runs them: eagerly,
 compiled or as a replayed CUDA graph, in that precision and memory layout. Each row of fastadv names its floor, which for
-"auto" says what it chose. That of a twin is the model itself, so a twin may be below it. fastadv is timed from its third call
-on: the first is eager, the second compiles, records or measures.
+"auto" says what it chose. Before they are timed, attacks and training steps have run three times: the first call is eager, the
+second compiles, records or measures.
 
 Also counted, in the same run: what memory="signs" saves. Epochs of 50,000 images are computed from the time of a step.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 import fastadv
 from fastadv.engine import Plan, graphs
 from fastadv.engine.passes import DTYPES, dtype_for
+from fastadv.engine.twin import Twin, TwinError
 
 from . import attacks, baselines, memory, models, plots, report, run, timing, training
 from .attacks import STEPS, AttackInputs
@@ -193,9 +195,11 @@ def attack_entrants(
         **{f"fastadv, {engine}": _fastadv(engine, precision) for engine in engines if engine != "graph" or replays},
     }
     steady = "graph" if replays and "graph" in engines else "eager"
-    if precision != "fp16":
-        entrants[f"fastadv, {steady}, twin"] = _fastadv(steady, precision, twin=True)
     entrants[f"fastadv, {steady}, signs"] = _fastadv(steady, precision, memory="signs")
+    if precision != "fp16":
+        twins = Plan(replayed=steady == "graph", channels_last=True)
+        entrants[_bare(twins, twin=True)] = _bare_passes(twins, precision, twin=True)
+        entrants[f"fastadv, {steady}, twin"] = _fastadv(steady, precision, twin=True)
     if "graph" in engines and not replays:
         entrants["fastadv, graph"] = _absent("CUDA graphs need a CUDA device")
     return entrants
@@ -214,25 +218,30 @@ def _handwritten(given: AttackInputs, pgd: Callable[..., Tensor], precision: str
 def _fastadv(engine: str, precision: str, **options: Any) -> Callable[[AttackInputs], Contender]:
     def build(given: AttackInputs) -> Contender:
         attack = fastadv.PGD(given.model(), given.eps, given.alpha, STEPS, engine=engine, precision=precision, **options)
-        for _ in range(2):
-            attack(given.x, given.y)
-        if options.get("twin") and attack.stats.twin != "used":
+        attack(given.x, given.y)
+        twin = bool(options.get("twin"))
+        if twin and attack.stats.twin != "used":
             raise UnavailableError(f"twin: {attack.stats.twin}")
-        in_use = list(attack.stats.steps)[-1]  # the first call's comes before it, if another
-        return Contender(lambda: attack(given.x, given.y), floor=f"bare, {in_use}")
+        # The plans of all calls are in the order of their first use: the last one is in use.
+        return Contender(lambda: attack(given.x, given.y), floor=lambda: _bare(list(attack.stats.steps)[-1], twin))
 
     return build
 
 
-def _bare(plan: Plan) -> str:
-    return f"bare, {plan}"
+def _bare(plan: Plan | str, twin: bool = False) -> str:
+    return f"bare{' twin' * twin}, {plan}"
 
 
-def _bare_passes(plan: Plan, precision: str) -> Callable[[AttackInputs], Contender]:
+def _bare_passes(plan: Plan, precision: str, twin: bool = False) -> Callable[[AttackInputs], Contender]:
     """Forward passes and input gradients and nothing else, run by a plan as an attack's steps are."""
 
     def build(given: AttackInputs) -> Contender:
         network, device = given.model().requires_grad_(False), given.x.device
+        if twin:
+            try:
+                network = Twin(network, DTYPES.get(precision)).module
+            except TwinError as reason:
+                raise UnavailableError(f"twin: none: {reason}") from reason
         layout = torch.channels_last if plan.channels_last else torch.contiguous_format
         x = given.x.clone(memory_format=layout).requires_grad_()
 
@@ -280,18 +289,17 @@ def training_entrants(
     if precision == "fp32" and method in training.BEST:
         entrants["handwritten, best"] = training.contender(training.BEST[method])
     for engine in used:
-        entrants[f"fastadv, {engine}"] = _warm(training.contender(_training_step(method, engine, precision)))
+        entrants[f"fastadv, {engine}"] = training.contender(_training_step(method, engine, precision))
     if replays and used:  # as users of tensor cores lay out their models
         step = _training_step(method, used[-1], precision)
-        entrants[f"fastadv, {used[-1]}, channels_last"] = _warm(training.contender(step, torch.channels_last))
-    return entrants
+        entrants[f"fastadv, {used[-1]}, channels_last"] = training.contender(step, torch.channels_last)
+    return {name: _after_a_step(build) for name, build in entrants.items()}
 
 
-def _warm(build: Callable[[TrainingInputs], Contender]) -> Callable[[TrainingInputs], Contender]:
+def _after_a_step(build: Callable[[TrainingInputs], Contender]) -> Callable[[TrainingInputs], Contender]:
     def built(given: TrainingInputs) -> Contender:
         contender = build(given)
-        for _ in range(2):
-            contender.run()
+        contender.run()
         return contender
 
     return built
@@ -360,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--quick", action="store_true", help="demo-cnn alone, small, without torch.compile: does it run, not how fast is it")
     add("--device", type=torch.device, default=torch.device("cpu"))
-    add("--threads", type=int, default=1)
+    add("--threads", type=int, default=torch.get_num_threads(), help="default: all")
     add("--models", nargs="+", choices=tuple(MODELS), help="default: demo-cnn and preact-resnet18; on CUDA all")
     add("--batches", nargs="+", type=int, help="default: each model's own; training only at 64 and more")
     add("--what", nargs="+", choices=WHAT, default=WHAT)
@@ -372,6 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--limit-seconds", type=float, metavar="S", help="stop then, and show what was finished")
     add("--clock", choices=("wall", "cpu"), default="wall", help="which one medians and ratios are of")
     given = parser.parse_args(arguments)
+    if given.plots is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plots needs matplotlib")
     device, quick = given.device, given.quick
     names = given.models or (("demo-cnn",) if quick else BY_DEFAULT[device.type])
     batches = given.batches or ((2, 8) if quick else None)

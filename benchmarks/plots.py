@@ -81,10 +81,11 @@ def _panels(results: list[dict[str, Any]]) -> dict[Panel, Lines]:
     panels: dict[Panel, Lines] = defaultdict(lambda: defaultdict(dict))
     for case in (case for result in results for case in result["cases"]):
         for row in case["contenders"]:
-            if "images/s" in row:
-                # Whichever engine the twin or the signs ran by; of the bare passes only the fastest.
-                label = FLOOR if row["yardstick"] else row["name"]
-                if label.startswith("fastadv"):
+            if "images/s" in row and not row["name"].startswith("bare twin"):
+                label = row["name"]
+                if row["yardstick"]:  # of the model's own bare passes only the fastest
+                    label = FLOOR
+                elif label.startswith("fastadv"):  # whichever engine the twin or the signs ran by
                     label = f"fastadv, {label.split(', ')[-1]}"
                 points = panels[case["model"], case["what"], case["precision"]][label]
                 points[case["batch"]] = max(row["images/s"], points.get(case["batch"], 0.0))

@@ -38,7 +38,7 @@ class Contender:
     prepare: Callable[[], Any] | None = None  # not timed: puts back what runs modify
     yardstick: bool = False  # does not do the work: a bound to compare with, as a plain copy
     setting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext  # not timed: entered around runs
-    floor: str = ""  # the yardstick that it cannot be faster than
+    floor: Callable[[], str] | None = None  # once it has run: the name of the yardstick that it cannot be faster than
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,8 @@ def _measure(case: Case, plan: Plan, device: torch.device) -> dict[str, Result]:
         except Exception as error:  # a peer's bug must not take the other numbers with it
             results[name] = Result(absent=f"failed: {type(error).__name__}: {error}".splitlines()[0])
         else:
-            results[name] = Result(Samples(), facts, contender.yardstick, contender.floor)
+            floor = contender.floor() if contender.floor is not None else ""
+            results[name] = Result(Samples(), facts, contender.yardstick, floor)
     least, most = plan.rounds
     least = least if case.rounds is None else min(least, case.rounds)
     clocks = 2 if any(block.graph is not None for block in blocks.values()) else 1
