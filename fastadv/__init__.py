@@ -9,9 +9,11 @@ fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``f
 from . import attacks, functional, objectives, ops, reference
 from ._version import __version__
 from .attacks import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
+from .machine import tune_allocator
 from .normalize import Normalize
 from .objectives import *  # noqa: F403 - the training methods
 from .ops import use_backend
+from .profiling import Profile, profile
 from .weights import AWP, RWP
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "AttackInfo",
     "NaNGradientWarning",
     "Normalize",
+    "Profile",
     "__version__",
     "attacks",
     "fgsm",
@@ -28,7 +31,9 @@ __all__ = [
     "objectives",
     "ops",
     "pgd",
+    "profile",
     "reference",
+    "tune_allocator",
     "use_backend",
 ]
 __all__ += objectives.__all__

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .machine import tune_allocator
 from .methods import METHODS
 
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.command == "demo":
         from .demo import run
 
+        tune_allocator()
         return run(chosen.out, chosen.quick, chosen.seed, chosen.method, chosen.awp)
     from .info import report
 

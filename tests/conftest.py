@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch.distributed
 # Triton reads this when a kernel is declared, so it is set before anything imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What engine="auto" measures under tests is nothing for the user's own file.
+os.environ["FASTADV_CACHE"] = tempfile.mkdtemp(prefix="fastadv-tests-")
 
 # Several processes of several threads each would wait for one another, tens of times over.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

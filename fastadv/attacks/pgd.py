@@ -86,8 +86,8 @@ class PGD:
         precision: "fp32": the model runs as the caller runs it; "bf16", "fp16": under autocast; "auto": bf16 where the hardware
             multiplies in it. The images stay in fp32.
         twin: attack a copy of the model, with batch norms folded into convolutions, weights cast once and channels_last,
-            brought up to date at each call. Needs bn "eval" and a model that torch.fx can trace; else a line in the log says why the
-            model itself is attacked.
+            brought up to date at each call. Needs bn "eval" and a model that torch.fx can trace; else a line in the log says
+            why the model itself is attacked.
         memory: "signs" saves for the backward pass only what an input's gradient needs: of a ReLU the signs, of convolutions
             and linear layers nothing. The same bits, several times larger batches, somewhat slower.
 
@@ -254,7 +254,7 @@ class PGD:
         return forwards, exact
 
     def _shrinks(self) -> bool:
-        """Whether fooled samples may leave the batch: a loss of the user's or batch statistics may couple them to the others."""
+        """Whether the fooled may leave the batch: batch statistics, and perhaps the user's loss, couple them to the others."""
         return self.early_stop and self.bn == "eval" and isinstance(self.loss, str)
 
     def _score_again(self, loop: _Ascent, passes: Passes, reference: Tensor | None) -> int:
@@ -280,7 +280,9 @@ class PGD:
             if not may_be_returned:
                 return adv
         elif self.norm == "linf":
-            seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=self.generator)
+            # Drawn on the CPU where it may be: reading it from a GPU would wait for all that is queued there.
+            device = "cpu" if self.generator is None else x.device
+            seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=self.generator)
             return ops.linf_start(x, self.eps, lo, hi, int(seed))
         else:  # a uniform direction and a uniform length
             noise, dims = torch.empty_like(x).normal_(generator=self.generator), tuple(range(1, x.dim()))
@@ -376,6 +378,8 @@ class _Ascent(Loop):
         assert self.losses is not None
         score, fooled = self.judged(logits, self.losses[0])
         better = (fooled & ~self.fooled) | ((fooled == self.fooled) & ~(score < self.score))
+        if self.early_stop:
+            better &= ~self.fooled  # who stopped has its image
         torch.where(better.view(-1, *[1] * (inputs.dim() - 1)), inputs, self.image, out=self.image)
         torch.where(better, score, self.score, out=self.score)
         self.fooled.logical_or_(fooled)

@@ -29,6 +29,7 @@ from .twin import Twin, TwinError
 ENGINES = ("auto", "eager", "compile", "graph")
 MEMORIES = ("normal", "signs")
 KEPT = 8  # plans of one attack, each with its compiled code or recorded step
+REMADE = 3  # calls in a row that may make the twin anew
 MARGIN = 0.97  # another plan is chosen over the eager one if it takes at most so much of its time
 
 logger = logging.getLogger("fastadv")
@@ -86,7 +87,7 @@ class _Kept:
     fixed: Any = None  # the loop that was recorded
     replay: Callable[[], None] | None = None
     addresses: tuple[int, ...] = ()
-    uses: int = 0
+    uses: int = 0  # of these inputs, all told
 
 
 class Engine:
@@ -122,7 +123,7 @@ class Engine:
     def _forget(self) -> None:
         self._model: Callable[[], Model | None] = lambda: None
         self._twin: Twin | None = None
-        self._twin_failed = ""
+        self._twin_failed, self._remade = "", 0
         self._seen: dict[Hashable, int] = {}
         self._kept: dict[Hashable, _Kept] = {}
 
@@ -148,18 +149,22 @@ class Engine:
 
     def _twin_of(self, model: Model, x: Tensor, dtype: torch.dtype | None) -> Model:
         """The model's twin with its present weights; the model itself, with one line in the log, where there can be none."""
-        if self._twin_failed:
+        if self._twin_failed or not isinstance(model, nn.Module):
             return model
         try:
-            if self._twin is None or not self._twin.fits(model):
-                self._twin = Twin(model, dtype)
-                self._twin.verify(x)
-            else:
+            if self._twin is not None and self._twin.fits(model):
                 self._twin.refresh()
+                self._remade = 0
+            else:
+                self._remade += 1
+                if self._remade > REMADE:
+                    raise TwinError("model: something in it other than its weights changes from call to call")
+                self._twin = Twin(model, dtype)
+                self._twin.check(x)
         except TwinError as reason:
             self._twin, self._twin_failed = None, str(reason)
             self.stats.twin = f"none: {reason}"
-            logger.warning("twin=True: %s has no twin (%s); attacking the model itself", type(model).__name__, reason)
+            logger.warning("twin=True: %s itself is attacked, it can have no twin: %s", type(model).__name__, reason)
             return model
         self.stats.twin = "used"
         return self._twin.module
@@ -176,6 +181,7 @@ class Engine:
             kept = self._kept.get(key)
             if kept is None and self._worth_keeping(key):
                 kept = self._kept[key] = self._new(loop, model, images, twinned)
+                kept.uses = self._seen[key]
             if kept is not None:
                 kept.uses += 1
                 plan = kept.plan
@@ -190,7 +196,7 @@ class Engine:
         return Run(loop, counted, exact)
 
     def _worth_keeping(self, key: Hashable) -> bool:
-        """Whether these inputs have been seen before, and more often than some whose plan would make room."""
+        """Whether these inputs have been seen before, and twice as often as some whose plan would make room."""
         seen = self._seen.pop(key, 0)
         self._seen[key] = seen + 1
         if len(self._seen) > 1000:  # shapes without end
@@ -199,7 +205,7 @@ class Engine:
             return False
         if len(self._kept) >= KEPT:
             rarest = min(self._kept, key=lambda k: self._kept[k].uses)
-            if self._kept[rarest].uses >= seen:
+            if 2 * self._kept[rarest].uses > seen:
                 return False
             del self._kept[rarest]
         return True

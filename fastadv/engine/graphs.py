@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .passes import mark
+
 _pools: dict[tuple[int, int], Any] = {}
 
 
@@ -24,9 +26,15 @@ def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]
     after the other: there is one pool for each stream that replays.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=_pool(device)):
+    # "thread_local": a data loader's thread may go on pinning memory meanwhile.
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
         step()
-    return graph.replay
+
+    def replay() -> None:
+        with mark("replayed step"):
+            graph.replay()
+
+    return replay
 
 
 def _pool(device: torch.device) -> Any:

@@ -67,27 +67,34 @@ class Passes:
 
     def logits(self, inputs: Tensor) -> Tensor:
         """One forward pass, in the precision; a half-precision answer to autocast comes as fp32."""
-        with contextlib.ExitStack() as setting:
-            if self.dtype is not None:
-                # The cache would hold casts of weights made without a graph, which a training step could then meet.
-                setting.enter_context(torch.autocast(inputs.device.type, self.dtype, cache_enabled=False))
-            if self.signs:
-                setting.enter_context(signs_only())
-            logits: Tensor = self.model(inputs)
+        with mark("model forward"):
+            logits = self.answer(inputs)
         if self.check is not None:
             self.check(logits)
             self.check = None
+        return self.widened(logits)
+
+    def answer(self, inputs: Tensor) -> Tensor:
+        """What the model says, in the type in which it says it. Has no mark, for it gets compiled."""
+        nothing = contextlib.nullcontext()
+        # The cache would hold casts of weights made without a graph, which a training step could then meet.
+        precision = nothing if self.dtype is None else torch.autocast(inputs.device.type, self.dtype, cache_enabled=False)
+        with precision, signs_only() if self.signs else nothing:  # torch.compile sees through this, not through an ExitStack
+            logits: Tensor = self.model(inputs)
+        return logits
+
+    def widened(self, logits: Tensor) -> Tensor:
         return logits if self.dtype is None else logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def gradient(
         self, inputs: Tensor, loss: Loss, y: Tensor | None, reference: Tensor | None, out: Losses | None = None
     ) -> tuple[Tensor, Losses, Tensor]:
         """Logits, losses (into ``out`` where possible) and the losses' gradient with respect to ``inputs``, up to its scale."""
-        with mark("model forward"):
-            logits = self.logits(inputs.requires_grad_())
+        logits = self.logits(inputs.requires_grad_())
         losses = loss(logits.detach(), y, reference, out)
+        cotangent = self.cotangent(losses[1])
         with mark("model backward"):
-            gradient = input_gradient(logits, inputs, self.cotangent(losses[1]))
+            gradient = input_gradient(logits, inputs, cotangent)
         return logits.detach(), losses, gradient
 
     def cotangent(self, dlogits: Tensor) -> Tensor:
@@ -98,7 +105,8 @@ class Passes:
         if self.dtype != torch.float16:
             return dlogits
         largest = dlogits.abs().amax() if self.coupled else dlogits.abs().amax(1, keepdim=True)
-        return dlogits * (FP16_SCALE / largest.clamp(min=torch.finfo(dlogits.dtype).tiny))
+        least = FP16_SCALE * torch.finfo(dlogits.dtype).tiny  # of what is zero, the scale stays finite
+        return dlogits * (FP16_SCALE / largest.clamp(min=least))
 
 
 class CompiledPasses(Passes):
@@ -112,7 +120,8 @@ class CompiledPasses(Passes):
 
         def whole(inputs: Tensor, loss: Loss, y: Tensor | None, reference: Tensor | None) -> tuple[Tensor, Losses, Tensor]:
             pullback: Callable[[Tensor], tuple[Tensor]]
-            logits, pullback = torch.func.vjp(self.logits, inputs)  # type: ignore[misc]  # three only with has_aux
+            # mypy thinks of has_aux=True, with which it would be three.
+            logits, pullback = torch.func.vjp(lambda x: self.widened(self.answer(x)), inputs)  # type: ignore[misc]
             losses = loss(logits, y, reference)
             (gradient,) = pullback(self.cotangent(losses[1]))
             return logits, losses, gradient
