@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -78,9 +79,10 @@ def cases(
     engines: Sequence[str],
     precisions: Sequence[str],
     device: torch.device,
+    rounds: int | None = None,
     anyway: bool = False,
 ) -> list[Case]:
-    """``batches``: None for each model's own. ``anyway``: also precisions that the hardware only emulates."""
+    """``batches``, ``rounds``: None for each model's own. ``anyway``: also precisions that the hardware only emulates."""
     chosen: list[Case] = []
     for name in names:
         for batch in batches or getattr(MODELS[name], device.type):
@@ -89,21 +91,28 @@ def cases(
                     continue
                 for precision in precisions:
                     if work == "attack" or precision in TRAINING_PRECISIONS:
-                        reason = "" if anyway else _lacking(precision, device)
-                        chosen.append(_case(name, batch, work, precision, device, engines, reason))
+                        entrants = _entrants(work, engines, precision, device, anyway)
+                        case = _case(name, batch, work, precision, device, entrants)
+                        few = 3 if name != "demo-cnn" and device.type == "cpu" else None
+                        chosen.append(dataclasses.replace(case, rounds=rounds or few))
     return chosen
 
 
-def _case(name: str, batch: int, work: str, precision: str, device: torch.device, engines: Sequence[str], lacking: str) -> Case:
+def _entrants(
+    work: str, engines: Sequence[str], precision: str, device: torch.device, anyway: bool
+) -> dict[str, Callable[[Any], Contender]]:
+    if not anyway and (reason := _lacking(precision, device)):
+        return {"fastadv, any engine": _absent(reason)}
+    if work == "attack":
+        return attack_entrants(engines, precision, device)
+    return training_entrants(work, engines, precision, device)
+
+
+def _case(
+    name: str, batch: int, work: str, precision: str, device: torch.device, entrants: dict[str, Callable[[Any], Contender]]
+) -> Case:
     subject, attacked = MODELS[name], work == "attack"
     shape = (batch, *subject.image)
-    entrants: dict[str, Callable[[Any], Contender]]
-    if lacking:
-        entrants = {"fastadv, any engine": _absent(lacking)}
-    elif attacked:
-        entrants = attack_entrants(engines, precision, device)
-    else:
-        entrants = training_entrants(work, engines, precision, device)
 
     def inputs(device: torch.device) -> AttackInputs | TrainingInputs:
         given = attacks.inputs(subject.build, shape, subject.eps, device)
@@ -115,7 +124,6 @@ def _case(name: str, batch: int, work: str, precision: str, device: torch.device
         inputs=inputs,
         contenders=entrants,
         baseline=PUBLIC,
-        rounds=None if name == "demo-cnn" else 3,
         judge=attacks.judge if attacked else training.judge,
         limits={"radius/eps": 1.0001} if attacked else {},
         at_most=at_most,
@@ -368,7 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--quick", action="store_true", help="demo-cnn alone, small, without torch.compile: does it run, not how fast is it")
     add("--device", type=torch.device, default=torch.device("cpu"))
-    add("--threads", type=int, default=torch.get_num_threads(), help="default: all")
+    add("--threads", type=int, default=1)
+    add("--rounds", type=int, help="of each case at least; default: 5, but 3 of large models on a CPU, which take minutes")
     add("--models", nargs="+", choices=tuple(MODELS), help="default: demo-cnn and preact-resnet18; on CUDA all")
     add("--batches", nargs="+", type=int, help="default: each model's own; training only at 64 and more")
     add("--what", nargs="+", choices=WHAT, default=WHAT)
@@ -392,7 +401,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     plan = timing.plan_for(device, quick)
-    chosen = cases(names, batches, given.what, engines, given.precisions, device, given.all)
+    if given.rounds:
+        plan = dataclasses.replace(plan, rounds=(given.rounds, max(given.rounds, plan.rounds[1])))
+    chosen = cases(names, batches, given.what, engines, given.precisions, device, given.rounds, given.all)
     content: dict[str, Any] = {"environment": report.environment(device, given.threads), "quick": quick, "clock": given.clock}
     content["memory"] = saved_memory(names, device)
     with _choices_of_its_own():

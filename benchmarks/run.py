@@ -32,17 +32,18 @@ def run(
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the caller has it ignored: gpu.sh stops us so
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds or 0)  # 0: never
-    content["cases"] = []
+    content["cases"], at = [], ""
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds or 0)  # 0: never
         for i, case in enumerate(cases, 1):
-            print(f"[{i}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
+            at = f"[{i}/{len(cases)}] {case.name}"
+            print(at, file=sys.stderr, flush=True)
             record = report.record(case, _results(case, plan, device), clock)
             complete(record)
             content["cases"].append(record)
             save(content, path)
     except (KeyboardInterrupt, RuntimeError) as reason:  # on a GPU one contender's bad access ends all that follows
-        content["stopped"] = f"{reason!r} in case {i} of {len(cases)}: {case.name}"
+        content["stopped"] = f"{reason!r} in {at}"
         save(content, path)
         print(f"stopped, and the table holds what was finished: {content['stopped']}", file=sys.stderr)
     finally:
