@@ -549,7 +549,7 @@ def test_early_stop_moves_no_sample_that_fools_the_model():
     for i, s in enumerate(stop):
         assert torch.equal(adv[i], iterates[s][i])
     for k, images in enumerate(seen):  # those that stand go on, in batches that shrink, beside some that stopped
-        expected = torch.stack([iterates[min(k, s)][i] for i, s in enumerate(stop)])
+        expected = torch.stack([iterates[min(k, s + 1)][i] for i, s in enumerate(stop)])
         present = (images[:, None] == expected).flatten(2).all(2).any(0)
         assert int(present.sum()) == len(images)
         assert present[stop > k].all()

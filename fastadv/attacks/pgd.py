@@ -76,8 +76,9 @@ class PGD:
         bounds: (lo, hi) of every element, or None for unbounded.
         keep_best: return the best iterate of each sample instead of the last (one more forward a restart). Best is a
             fooling image before any other, then the highest loss.
-        early_stop: a sample that fools the model moves no further, and the attack ends when all do. Implies keep_best;
-            waits for the device at each step. Under bn "eval" and a loss by name the others go on in smaller batches.
+        early_stop: a sample stops with the first image that fools the model, and the attack ends when all have one. Implies
+            keep_best; waits for the device at each step. Under bn "eval" and a loss by name the others go on in smaller
+            batches.
         generator: source of the random start; default: torch's global one.
         engine: "eager"; "compile": forward, loss and backward as one compiled graph (torch.compile; minutes for a large model,
             once a shape), replayed as a CUDA graph on a GPU; "graph": the step recorded as a CUDA graph and replayed, the same
@@ -244,8 +245,11 @@ class PGD:
                     part, rows = run.loop.rows(kept), kept if rows is None else rows[kept]
                     part.passes = loop.passes
                     run = self.engine.run(part, model)
+            stopped = run.loop.fooled.clone() if self.early_stop and not run.exact else None
             run.step()
             forwards, exact = forwards + 1, exact and run.exact
+            if stopped is not None:  # who stops on the word of other passes than the model's own might have stopped too soon
+                forwards += run.loop.confirm(stopped, Passes(model))
         else:
             if loop.image is not None:
                 run.loop.evaluate()
@@ -360,10 +364,10 @@ class _Ascent(Loop):
         inputs, alpha = self.inputs(), self.alpha
         logits, self.losses, self.gradient = self.passes.gradient(inputs, self.loss, self.y, self.reference, self.losses)
         with torch.no_grad():
+            if self.early_stop:  # who fooled the model before; who does so now may yet be found not to, and moves on
+                alpha = torch.where(self.fooled, 0.0, torch.as_tensor(alpha, dtype=torch.float64, device=self.adv.device))
             if self.tracking:
                 self._keep_best(inputs, logits)
-            if self.early_stop:
-                alpha = torch.where(self.fooled, 0.0, torch.as_tensor(alpha, dtype=torch.float64, device=self.adv.device))
             STEPS[self.norm](self.adv, self.gradient, self.centre, alpha, self.eps, self.lo, self.hi)
 
     def evaluate(self) -> None:
@@ -383,6 +387,18 @@ class _Ascent(Loop):
         torch.where(better.view(-1, *[1] * (inputs.dim() - 1)), inputs, self.image, out=self.image)
         torch.where(better, score, self.score, out=self.score)
         self.fooled.logical_or_(fooled)
+
+    def confirm(self, stopped: Tensor, passes: Passes) -> int:
+        """Asks the model itself about those who fooled the loop's passes since ``stopped``; returns the forwards it took."""
+        assert self.label is not None
+        found = (self.fooled & ~stopped).nonzero()[:, 0]
+        if not len(found):
+            return 0
+        with torch.no_grad():
+            reached = passes.logits(self.image[found]).argmax(1) == self.label[found]
+            self.fooled[found] = fooled = reached if self.loss.targeted else ~reached
+            self.score[found] = self.score[found].masked_fill(~fooled, -math.inf)
+        return 1
 
     def judged(self, logits: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """What the attack raises [N], and whether it has got there [N]."""
