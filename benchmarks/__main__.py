@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import attacks, ops, report, timing, training, weights
+from . import attacks, ops, report, run, timing, training, weights
 
 
 def main() -> int:
@@ -33,32 +31,19 @@ def main() -> int:
         print("\n".join(case.name for case in cases) or "no case has such a name")
         return 0 if cases else 2
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the caller has it ignored: gpu.sh stops us so
     torch.set_num_threads(arguments.threads)
-    environment = report.environment(arguments.device, arguments.threads)
-    plan = timing.plan_for(arguments.device, arguments.quick)
-    records: list[dict[str, Any]] = []
-    stopped = False
-    try:
-        for i, case in enumerate(cases, 1):
-            print(f"[{i}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
-            results = timing.measure(case, plan, arguments.device)
-            records.append(report.record(case, results, arguments.clock))
-            if arguments.json is not None:
-                content = {"environment": environment, "quick": arguments.quick, "clock": arguments.clock, "cases": records}
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    except (KeyboardInterrupt, RuntimeError) as reason:  # on a GPU one contender's bad access ends all that follows
-        print(f"stopped, and the table holds what was finished: {reason!r}", file=sys.stderr)
-        stopped = True
+    environment = report.environment(device, arguments.threads)
+    content: dict[str, Any] = {"environment": environment, "quick": quick, "clock": arguments.clock}
+    finished = run.run(cases, content, timing.plan_for(device, quick), device, arguments.clock, arguments.json)
+    records = content["cases"]
     print("\n".join(f"{name}: {value}" for name, value in environment.items()), end="\n\n")
     print(report.table(records, arguments.clock))
     print("\nmedian and quartiles by", arguments.clock, "clock; '/ x' is the time over that of x: above 1 is slower than x.")
     print("'of copy': counted bytes a second over those of the copy, in the same rounds; in brackets by the gpu clock.")
-    missed = [f"{case['case']} against {c['name']}" for case in records for c in case["contenders"] if report.misses(c)]
     failed = [c for case in records for c in case["contenders"] if c["name"] == "fastadv" and "absent" in c]
+    missed = [text for text, met in report.verdicts(records) if not met]
     print(f"goals missed: {len(missed)}", *missed, sep="\n  ")
-    return 1 if failed or stopped else 0
+    return 1 if failed or not finished else 0
 
 
 if __name__ == "__main__":

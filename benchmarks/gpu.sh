@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, offline. Parts, by name; all by default, which takes about twenty minutes:
-#     OUT=/tmp/out bash benchmarks/gpu.sh [tests] [sanitize] [profile] [steps] [losses] [attacks] [training]
-# Each part has a time limit, and a part that fails or is cut off does not stop the others. Four calls of less than nine
-# minutes each, the build included: `tests`, `sanitize profile`, `steps attacks training`, `losses`.
-# $OUT gets log.txt (everything printed), profile.txt (ncu) and steps.json, losses.json, attacks.json, training.json.
+# Everything that needs a GPU, offline. Parts, by name; all by default, which takes about half an hour:
+#     OUT=/tmp/out bash benchmarks/gpu.sh [tests] [sanitize] [profile] [steps] [losses] [attacks] [training] [engine]
+# Each part has a time limit, and a part that fails or is cut off does not stop the others. Five calls of less than nine
+# minutes each, the build included: `tests`, `sanitize profile`, `steps attacks training`, `losses`, `engine`.
+# $OUT gets log.txt (everything printed), profile.txt (ncu) and steps.json, losses.json, attacks.json, training.json and, of whole
+# attacks and training steps by every engine, engine-*.json.
 # Needs, installed: torch with CUDA, triton, nvcc, pybind11, ninja, pytest, tabulate; uses pytest-xdist, compute-sanitizer and
 # ncu where they are.
 set -uo pipefail
@@ -59,9 +60,24 @@ losses() { benchmark losses 400 'ce ' 'log_odds ' 'margin ' 'dlr ' 'kl ' 'se '; 
 attacks() { benchmark attacks 60 pgd-10; }
 training() { benchmark training 90 awp train; }
 
+end_to_end() { # NAME SECONDS OPTIONS...
+  local name=$1 seconds=$2
+  shift 2
+  limit $((seconds + 30)) python3 -m benchmarks.end_to_end --device cuda --json "$out/engine-$name.json" \
+    --limit-seconds "$seconds" "$@"
+}
+engine() { # training and attacks at batch 128, for the goals, and then how it goes with the batch size; compiling takes longest
+  local status=0
+  end_to_end training 100 --models preact-resnet18 wrn-34-10 --batches 128 --what pgd-at trades awp \
+    --engines eager graph --precisions fp32 bf16 || status=1
+  end_to_end attacks 190 --models preact-resnet18 --batches 128 --what attack --precisions bf16 fp32 || status=1
+  end_to_end batches 90 --models demo-cnn preact-resnet18 wrn-34-10 vit-s --what attack --engines eager graph || status=1
+  return "$status"
+}
+
 main() {
   local parts=("$@") part status=0 summary=()
-  [ $# -gt 0 ] || parts=(tests sanitize profile steps losses attacks training)
+  [ $# -gt 0 ] || parts=(tests sanitize profile steps losses attacks training engine)
   for part in build "${parts[@]}"; do
     printf '\n=== %s (%d s)\n' "$part" "$SECONDS"
     if "$part"; then summary+=("$part: passed"); else
@@ -76,7 +92,7 @@ main() {
 }
 
 for part in "$@"; do
-  case $part in tests | sanitize | profile | steps | losses | attacks | training) ;; *)
+  case $part in tests | sanitize | profile | steps | losses | attacks | training | engine) ;; *)
     echo "no part is called $part" >&2
     exit 2
     ;;

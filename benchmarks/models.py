@@ -1,7 +1,8 @@
-"""What gets attacked and trained: a network for digits, the field's two for CIFAR, and almost no network at all."""
+"""What gets attacked and trained: a network for digits, the field's for CIFAR and ImageNet, and almost no network at all."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,23 +40,90 @@ class PreActBlock(nn.Module):
 
 def preact_resnet18(classes: int = 10) -> nn.Module:
     """PreActResNet-18 for 3x32x32, as adversarial training uses it (He et al., 2016; Rice et al., 2020)."""
+    return _preact(64, ((64, 1), (128, 2), (256, 2), (512, 2)), 2, nn.AvgPool2d(4), classes)
+
+
+def wide_resnet(depth: int = 34, widen: int = 10, classes: int = 10) -> nn.Module:
+    """WRN-28-10 or WRN-34-10 for 3x32x32, which papers on adversarial training report (Zagoruyko and Komodakis, 2016)."""
+    groups = ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2))
+    return _preact(16, groups, (depth - 4) // 6, nn.AvgPool2d(8), classes)
+
+
+def _preact(stem: int, groups: tuple[tuple[int, int], ...], depth: int, pool: nn.Module, classes: int) -> nn.Module:
+    """Groups of ``depth`` blocks, each group with its width and the stride of its first block."""
+    blocks: list[nn.Module] = []
+    channels = stem
+    for width, stride in groups:
+        blocks += [PreActBlock(channels, width, stride), *(PreActBlock(width, width, 1) for _ in range(depth - 1))]
+        channels = width
+    first = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+    head = [nn.BatchNorm2d(channels), nn.ReLU(), pool, nn.Flatten(), nn.Linear(channels, classes)]
+    return nn.Sequential(first, *blocks, *head)
+
+
+class Bottleneck(nn.Module):
+    """Convolutions 1x1, 3x3 and 1x1, each before a batch norm, plus the input."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *_conv_norm(channels, width, 1), nn.ReLU(),
+            *_conv_norm(width, width, 3, stride), nn.ReLU(),
+            *_conv_norm(width, 4 * width, 1),
+        )  # fmt: skip
+        changes_shape = stride != 1 or channels != 4 * width
+        self.shortcut = nn.Sequential(*_conv_norm(channels, 4 * width, 1, stride)) if changes_shape else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + (x if self.shortcut is None else self.shortcut(x)))
+
+
+def _conv_norm(channels: int, width: int, size: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(channels, width, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(width)
+
+
+def resnet50(classes: int = 1000) -> nn.Module:
+    """ResNet-50 for 3x224x224 (He et al., 2016), the stride of a block in its 3x3 convolution."""
     blocks: list[nn.Module] = []
     channels = 64
-    for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        blocks += [PreActBlock(channels, width, stride), PreActBlock(width, width, 1)]
-        channels = width
-    stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    head = [nn.BatchNorm2d(channels), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(channels, classes)]
-    return nn.Sequential(stem, *blocks, *head)
+    for width, stride, depth in ((64, 1, 3), (128, 2, 4), (256, 2, 6), (512, 2, 3)):
+        blocks += [Bottleneck(channels, width, stride), *(Bottleneck(4 * width, width, 1) for _ in range(depth - 1))]
+        channels = 4 * width
+    stem = [*_conv_norm(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
+    return nn.Sequential(*stem, *blocks, nn.AvgPool2d(7), nn.Flatten(), nn.Linear(channels, classes))
 
 
-def wide_resnet34(widen: int = 10, classes: int = 10) -> nn.Module:
-    """WRN-34-10 for 3x32x32, 46 million weights: what papers on adversarial training report (Zagoruyko and Komodakis, 2016)."""
-    blocks: list[nn.Module] = []
-    channels = 16
-    for width, stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
-        blocks += [PreActBlock(channels, width, stride), *(PreActBlock(width, width, 1) for _ in range(4))]
-        channels = width
-    stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-    head = [nn.BatchNorm2d(channels), nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(channels, classes)]
-    return nn.Sequential(stem, *blocks, *head)
+class TransformerBlock(nn.Module):
+    """Self-attention and two linear layers, each after a layer norm and each plus its input."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, tokens, dim]
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """A vision transformer whose head sees the mean of all tokens."""
+
+    def __init__(self, image: int, patch: int, dim: int, depth: int, heads: int, classes: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, patch, stride=patch)
+        self.positions = nn.Parameter(0.02 * torch.randn((image // patch) ** 2, dim))
+        self.blocks = nn.Sequential(*(TransformerBlock(dim, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(self.blocks(tokens).mean(1)))
+
+
+def vit_small(image: int = 32, patch: int = 4, classes: int = 10) -> nn.Module:
+    """The sizes of ViT-S (Dosovitskiy et al., 2021; Touvron et al., 2021), by default for 3x32x32 in 64 patches."""
+    return ViT(image, patch, dim=384, depth=12, heads=6, classes=classes)

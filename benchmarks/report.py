@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -15,12 +16,12 @@ import fastadv
 from fastadv import info, machine
 
 from . import peers
-from .timing import CLOCKS, Case, Result
+from .timing import CLOCKS, Case, Ratio, Result
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = (
     "case", "contender", "median", "quartiles", "cpu", "gpu",
-    "/ baseline", "/ fastadv", "goal", "GB/s", "of copy", "what came out",
+    "images/s", "/ baseline", "/ fastadv", "/ floor", "goal", "GB/s", "of copy", "what came out",
 )  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
         "triton": info.version("triton"),
         "fastadv": fastadv.__version__,
         "fastadv build": fastadv.native.BUILD_INFO or fastadv.native.LOAD_ERROR,
@@ -52,6 +54,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     return {
         "cuda": torch.version.cuda,
+        "cudnn": f"{torch.backends.cudnn.version()}, allow_tf32={torch.backends.cudnn.allow_tf32}, "
+        f"benchmark={torch.backends.cudnn.benchmark}",
         "multiprocessors": properties.multi_processor_count,
         "L2": properties.L2_cache_size,
         "memory": properties.total_memory,
@@ -70,8 +74,21 @@ def record(case: Case, results: dict[str, Result], clock: str) -> dict[str, Any]
     return {
         "case": case.name,
         "baseline": case.baseline,
+        **case.tags,
         "contenders": [_contender(case, name, results, clock) for name in case.contenders],
+        "ratios": [_ratio(ratio, results, clock) for ratio in case.ratios],
     }
+
+
+def _ratio(goal: Ratio, results: dict[str, Result], clock: str) -> dict[str, Any]:
+    one = results.get(goal.of, MISSING)
+    over = goal.over or one.floor
+    seen = _over(one, results.get(over, MISSING), clock)
+    met = None if seen is None else seen <= (goal.at_most or math.inf) and seen >= (goal.at_least or 0)
+    return {"of": goal.of, "over": over, "at most": goal.at_most, "at least": goal.at_least, "seen": seen, "met": met}
+
+
+MISSING = Result(absent="not in this case")
 
 
 def _contender(case: Case, name: str, results: dict[str, Result], clock: str) -> dict[str, Any]:
@@ -84,8 +101,12 @@ def _contender(case: Case, name: str, results: dict[str, Result], clock: str) ->
             row[c] = dict(zip(("q1", "median", "q3"), result.samples.quartiles(c), strict=True))
     if clock not in row:
         return {"name": name, "absent": f"no time by the {clock} clock"}
-    for label, other in (("baseline", case.baseline), ("fastadv", "fastadv")):
-        if (ratio := _over(result, results[other], clock)) is not None:
+    if case.images is not None:
+        row["images/s"] = case.images / row[clock]["median"]
+    if result.floor:
+        row["floor"] = result.floor
+    for label, other in (("baseline", case.baseline), ("fastadv", "fastadv"), ("floor", result.floor)):
+        if (ratio := _over(result, results.get(other, MISSING), clock)) is not None:
             row[f"over {label}"] = ratio
     if name in case.goals and "over fastadv" in row:
         row["goal"] = {"over fastadv": case.goals[name], "met": row["over fastadv"] >= case.goals[name]}
@@ -133,22 +154,38 @@ def _row(case: str, c: dict[str, Any], clock: str) -> list[str]:
         f"{_time(c[clock]['q1'])} .. {_time(c[clock]['q3'])}",
         _time(c["cpu"]["median"]),
         _time(c["gpu"]["median"]) if "gpu" in c else "",
+        _number(c["images/s"]) if "images/s" in c else "",
         f"{c['over baseline']:.2f}" if "over baseline" in c else "",
         "" if ratio is None else f"{ratio:.2f}" + (" FASTADV LOSES" if beaten else ""),
+        f"{c['over floor']:.3f} ({c['floor']})" if "over floor" in c else "",
         _goal(c["goal"]) if "goal" in c else "",
         f"{c['GB/s']:.1f}" if "GB/s" in c else "",
         (f"{share['wall']:.0%}" if share else "") + (f" ({share['gpu']:.0%})" if "gpu" in share else ""),
-        ", ".join(f"{name} {value:.2g}" for name, value in c["facts"].items()),
+        ", ".join(f"{name} {_number(value)}" for name, value in c["facts"].items()),
     ]
 
 
-def misses(contender: dict[str, Any]) -> bool:
-    return "goal" in contender and not contender["goal"]["met"]
+def verdicts(records: list[dict[str, Any]]) -> list[tuple[str, bool | None]]:
+    """Every goal in words and whether it was met; None: it was not measured."""
+    found: list[tuple[str, bool | None]] = []
+    for case in records:
+        for c in case["contenders"]:
+            if "goal" in c:
+                found.append((f"{case['case']} against {c['name']}: {_goal(c['goal'])}", c["goal"]["met"]))
+        for r in case["ratios"]:
+            wanted = f"at most {r['at most']:.2f}" if r["at most"] is not None else f"at least {r['at least']:.2f}"
+            seen = "not measured" if r["seen"] is None else f"{r['seen']:.3f}, {'met' if r['met'] else 'MISSED'}"
+            found.append((f"{case['case']}: time of {r['of']} over {r['over'] or 'its floor'}, {wanted}: {seen}", r["met"]))
+    return found
 
 
 def _goal(goal: dict[str, Any]) -> str:
     wanted = f"<= {_time(goal['at most'])}" if "at most" in goal else f">= {goal['over fastadv']:.2f}"
     return f"{wanted} {'met' if goal['met'] else 'MISSED'}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def _time(seconds: float) -> str:

@@ -7,14 +7,19 @@ one contender over commits (``--benchmark-autosave``, ``--benchmark-compare``), 
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from . import attacks, ops, timing, training, weights
+from fastadv.engine import graphs
+
+from . import attacks, end_to_end, memory, ops, timing, training, weights
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
@@ -71,3 +76,65 @@ def test_the_cases_of_a_gpu_are_sound(case: timing.Case) -> None:
     for name, build in case.contenders.items():
         if "triton" not in name and not name.startswith("compiled"):
             timing.first_run(case, given, build(given))
+
+
+def test_end_to_end_runs_and_writes_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    result, picture = tmp_path / "result.json", tmp_path / "speed.png"
+    options = ["--quick", "--threads", "1", "--batches", "2", "--json", str(result), "--plots", str(picture)]
+    assert end_to_end.main(options) == 0
+    content = json.loads(result.read_text())
+    rows = {(case["what"], case["precision"], c["name"]): c for case in content["cases"] for c in case["contenders"]}
+    assert {what for what, _, _ in rows} == set(end_to_end.WHAT)
+    for (what, _, name), row in rows.items():
+        if what == "attack" and name.startswith("fastadv"):
+            assert row.get("absent") or row["over floor"] > 0, row
+        if what != "attack":
+            assert row.get("absent") or row["facts"]["computed epoch, s"] > 0, row
+        assert not row.get("absent", "").startswith("failed"), row
+    assert {row["model"] for row in content["memory"]} == {"demo-cnn"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "computed epoch" in capsys.readouterr().out
+
+
+def test_end_to_end_stops_in_time_and_keeps_what_was_finished(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    options = ["--quick", "--threads", "1", "--batches", "2", "--json", str(result), "--limit-seconds", "0.01"]
+    assert end_to_end.main(options) == 1
+    content = json.loads(result.read_text())
+    assert "KeyboardInterrupt" in content["stopped"]
+    assert content["memory"]
+
+
+def test_end_to_end_replays_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here on the CPU, with a recording that runs the step again."""
+    monkeypatch.setattr(graphs, "available", lambda device: True)
+    monkeypatch.setattr(graphs, "record", lambda step, device: step)
+    for case in end_to_end.cases(["demo-cnn"], [2], ["attack", "pgd-at", "awp"], ["eager", "graph"], ["fp32"], DEVICE):
+        results = timing.measure(case, timing.QUICK, DEVICE)
+        assert not {name: r.absent for name, r in results.items() if r.absent}
+        floors = {name: r.floor for name, r in results.items() if r.floor}
+        assert set(floors.values()) <= set(results)
+        if case.tags["what"] == "attack":
+            assert floors["fastadv, graph"] == "bare, graph"
+            assert floors["fastadv, graph, twin"] == "bare twin, graph, channels_last"
+
+
+def test_goals_are_of_contenders_that_exist() -> None:
+    for device in (DEVICE, torch.device("cuda")):
+        for what, precision in (("attack", "fp32"), ("attack", "bf16"), ("pgd-at", "bf16")):
+            for case in end_to_end.cases(
+                list(end_to_end.MODELS), [64, 128], [what], end_to_end.ENGINES, [precision], device, anyway=True
+            ):
+                named = {*case.at_most, *(r.of for r in case.ratios), *(r.over for r in case.ratios if r.over)}
+                assert named <= set(case.contenders), case.name
+
+
+def test_saved_bytes() -> None:
+    """Of a frozen linear layer autograd saves its weight, of a ReLU the output."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).requires_grad_(False)
+    x = torch.rand(2, 4, requires_grad=True)
+    assert memory.saved_bytes(model, lambda: model(x)) == 2 * 8 * 4
+    saved = memory.saved_images(model, x)
+    assert saved["normal"]["MiB an image"] == 32 / 2**20
+    assert saved["signs"]["MiB an image"] == 8 / 2**20

@@ -38,6 +38,17 @@ class Contender:
     prepare: Callable[[], Any] | None = None  # not timed: puts back what runs modify
     yardstick: bool = False  # does not do the work: a bound to compare with, as a plain copy
     setting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext  # not timed: entered around runs
+    floor: Callable[[], str] | None = None  # once it has run: the name of the yardstick that it cannot be faster than
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A goal: what one contender's time over another's, or over its own floor's, has to be."""
+
+    of: str
+    over: str = ""
+    at_most: float | None = None
+    at_least: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +68,9 @@ class Case:
     limits: dict[str, float] = field(default_factory=dict)  # of what the judge says: beyond, the result is wrong
     goals: dict[str, float] = field(default_factory=dict)  # by contender: the least time over fastadv's
     at_most: dict[str, float] = field(default_factory=dict)  # by contender: the most seconds a unit
+    ratios: tuple[Ratio, ...] = ()
+    images: int | None = None  # that one unit works through
+    tags: dict[str, Any] = field(default_factory=dict)  # for whoever reads the record
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,7 @@ class Result:
     samples: Samples | None = None
     facts: dict[str, float] = field(default_factory=dict)
     yardstick: bool = False
+    floor: str = ""
     absent: str = ""
 
 
@@ -207,6 +222,7 @@ def measure(case: Case, plan: Plan, device: torch.device) -> dict[str, Result]:
     """Times all contenders of a case. One that is missing or fails takes no part and says why."""
     torch.compiler.reset()  # else functions compiled for other cases' shapes count towards this one's recompilations
     if device.type == "cuda":
+        gc.collect()  # what the last case left
         torch.cuda.empty_cache()
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # graphs are not captured on the default one
             return _measure(case, plan, device)
@@ -227,7 +243,8 @@ def _measure(case: Case, plan: Plan, device: torch.device) -> dict[str, Result]:
         except Exception as error:  # a peer's bug must not take the other numbers with it
             results[name] = Result(absent=f"failed: {type(error).__name__}: {error}".splitlines()[0])
         else:
-            results[name] = Result(Samples(), facts, contender.yardstick)
+            floor = contender.floor() if contender.floor is not None else ""
+            results[name] = Result(Samples(), facts, contender.yardstick, floor)
     least, most = plan.rounds
     least = least if case.rounds is None else min(least, case.rounds)
     clocks = 2 if any(block.graph is not None for block in blocks.values()) else 1

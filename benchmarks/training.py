@@ -21,7 +21,7 @@ import fastadv
 from . import baselines, models
 from .timing import Case, Contender
 
-EPS, ALPHA, STEPS, BETA = 8 / 255, 2 / 255, 10, 6.0
+EPS, ALPHA, STEPS, BETA, GAMMA = 8 / 255, 2 / 255, 10, 6.0, 1e-2
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
-Step = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor], Tensor]  # images and labels to the loss, the weights updated
+Build = Callable[[nn.Module, torch.optim.Optimizer], Step]
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def training_case(method: str, shape: tuple[int, ...], ours: Callable[[nn.Module], Step], best: Step, public: Step) -> Case:
+def training_case(method: str, shape: tuple[int, ...], ours: Callable[[nn.Module], Loss], best: Loss, public: Loss) -> Case:
     def inputs(device: torch.device) -> TrainingInputs:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -53,39 +55,51 @@ def training_case(method: str, shape: tuple[int, ...], ours: Callable[[nn.Module
         name=f"train {method} preact-resnet18 {'x'.join(map(str, shape))}",
         inputs=inputs,
         contenders={
-            "fastadv": _contender(ours),
-            "handwritten, best": _contender(lambda _: best),
-            "public code": _contender(lambda _: public),
+            "fastadv": contender(lambda model, optimizer: descent(ours(model))(model, optimizer)),
+            "handwritten, best": contender(descent(best)),
+            "public code": contender(descent(public)),
         },
         baseline="handwritten, best",
         rounds=3,
-        judge=lambda given, loss: {"loss": float(loss)},
+        judge=judge,
         goals={"public code": 1.35},
     )
 
 
-def _contender(build: Callable[[nn.Module], Step]) -> Callable[[TrainingInputs], Contender]:
-    def contender(given: TrainingInputs) -> Contender:
-        model = copy.deepcopy(given.network)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        loss_of = build(model)
+def judge(given: TrainingInputs, loss: Tensor) -> dict[str, float]:
+    return {"loss": float(loss)}
 
-        def step() -> Tensor:
-            loss = loss_of(model, given.x, given.y)  # leaves gradients of its own, if it is the public code
+
+def contender(build: Build, layout: torch.memory_format = torch.contiguous_format) -> Callable[[TrainingInputs], Contender]:
+    def built(given: TrainingInputs) -> Contender:
+        model, x = copy.deepcopy(given.network).to(memory_format=layout), given.x.clone(memory_format=layout)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        step = build(model, optimizer)
+        return Contender(lambda: step(x, given.y))
+
+    return built
+
+
+def descent(loss_of: Loss) -> Build:
+    """A step that descends a loss on the batch."""
+
+    def build(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            loss = loss_of(model, x, y)  # leaves gradients of its own, if it is the public code
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             return loss.detach()
 
-        return Contender(step)
+        return step
 
-    return contender
+    return build
 
 
 # ------------------------------------------------------------------------------------------------------------- PGD-AT
 
 
-def _fastadv_pgd_at(model: nn.Module) -> Step:
+def _fastadv_pgd_at(model: nn.Module) -> Loss:
     objective = fastadv.PGDAT()
     return lambda model, x, y: objective(model, x, y).loss
 
@@ -105,7 +119,7 @@ def public_pgd_at(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- TRADES
 
 
-def _fastadv_trades(model: nn.Module) -> Step:
+def _fastadv_trades(model: nn.Module) -> Loss:
     objective = fastadv.TRADES(fastadv.TRADES.paper_attack(model, eps=EPS, alpha=ALPHA), BETA)
     return lambda model, x, y: objective(model, x, y).loss
 
@@ -139,3 +153,35 @@ def public_trades(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     model.train()
     loss = F.cross_entropy(model(x), y)
     return loss + BETA / len(x) * kl_sum(model(x), model(adv))
+
+
+# ------------------------------------------------------------------------------------------------------- PGD-AT with AWP
+
+
+def public_awp(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """As AT-AWP's code: a proxy finds the direction, and the weights come back after the optimiser's step."""
+    awp = baselines.ProxyAWP(model, GAMMA)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        x_adv = baselines.pgd_backward(model, x, y, EPS, ALPHA, STEPS)
+        F.cross_entropy(model(x_adv), y, reduction="none")  # to choose among restarts, of which there is one
+        difference = awp.perturb(_weight_gradients(model, x_adv, y))
+        loss = F.cross_entropy(model(x_adv), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        awp.restore(difference)
+        model(x)  # clean accuracy, for the log
+        return loss.detach()
+
+    return step
+
+
+def _weight_gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """By a pass on the model, where the public code runs it on the proxy, which has the same weights."""
+    named = dict(model.named_parameters())
+    return dict(zip(named, torch.autograd.grad(F.cross_entropy(model(x), y), list(named.values())), strict=True))
+
+
+PUBLIC: dict[str, Build] = {"pgd-at": descent(public_pgd_at), "trades": descent(public_trades), "awp": public_awp}
+BEST: dict[str, Build] = {"pgd-at": descent(best_pgd_at), "trades": descent(best_trades)}

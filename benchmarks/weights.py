@@ -54,12 +54,12 @@ class Given(torch.autograd.Function):
 
 def awp_case(name: str, widen: int, gpu: bool) -> Case:
     with torch.device("meta"):
-        elements = sum(p.numel() for n, p in models.wide_resnet34(widen).named_parameters() if conv_and_linear_weights(n, p))
+        elements = sum(p.numel() for n, p in models.wide_resnet(34, widen).named_parameters() if conv_and_linear_weights(n, p))
 
     def inputs(device: torch.device) -> WeightInputs:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = models.wide_resnet34(widen).to(device)
+            model = models.wide_resnet(34, widen).to(device)
         draw = torch.Generator(device).manual_seed(0)
         named = [(n, p) for n, p in model.named_parameters() if conv_and_linear_weights(n, p)]
         grads = {n: torch.empty_like(p, requires_grad=False).normal_(std=1e-2, generator=draw) for n, p in named}

@@ -421,16 +421,19 @@ class _Ascent(Loop):
 
     def update(self, other: _Ascent, rows: Tensor | None) -> None:
         """Takes over what has become of these samples (all: None) in a loop that was made of this one."""
-        chosen = slice(None) if rows is None else rows
         with torch.no_grad():
             if other.gradient is not None:
                 elements = tuple(range(1, other.gradient.dim()))
                 highest, lowest = other.gradient.amax(elements), other.gradient.amin(elements)
-                self.zero_grad[chosen], self.nan_grad[chosen] = (highest == 0) & (lowest == 0), highest.isnan()
+                zero, nan = (highest == 0) & (lowest == 0), highest.isnan()
+                if rows is None:
+                    self.zero_grad, self.nan_grad = zero, nan
+                else:
+                    self.zero_grad[rows], self.nan_grad[rows] = zero, nan
             if other is not self:
                 for name in ("adv", "image", "score", "fooled"):
                     if (found := getattr(other, name)) is not None:
-                        getattr(self, name)[chosen] = found
+                        getattr(self, name)[slice(None) if rows is None else rows] = found
 
 
 def _bucket(standing: int, of: int) -> int:

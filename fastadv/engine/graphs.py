@@ -5,6 +5,7 @@ A recorded step costs one launch, whatever it holds; it pays where Python is slo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from .passes import mark
 
-_pools: dict[tuple[int, int], Any] = {}
+_latest: weakref.WeakValueDictionary[tuple[int, int], torch.cuda.CUDAGraph] = weakref.WeakValueDictionary()
 
 
 def available(device: torch.device) -> bool:
@@ -23,12 +24,13 @@ def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]
     """Records what ``step`` launches, without running it; the result runs it, on the tensors it was recorded with.
 
     Recordings of one process share their memory for intermediate results, which is right as long as they are replayed one
-    after the other: there is one pool for each stream that replays.
+    after the other: there is one pool for each stream that replays, as long as recordings use it.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, place = torch.cuda.CUDAGraph(), (device.index or 0, stream(device))
     # "thread_local": a data loader's thread may go on pinning memory meanwhile.
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=_pool(place), capture_error_mode="thread_local"):
         step()
+    _latest[place] = graph
 
     def replay() -> None:
         with mark("replayed step"):
@@ -42,8 +44,7 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _pool(device: torch.device) -> Any:
-    key = (device.index or 0, stream(device))
-    if key not in _pools:
-        _pools[key] = torch.cuda.graph_pool_handle()
-    return _pools[key]
+def _pool(place: tuple[int, int]) -> Any:
+    """That of the latest recording. A pool whose recordings are all gone can never be used again, so then a new one."""
+    latest = _latest.get(place)
+    return torch.cuda.graph_pool_handle() if latest is None else latest.pool()

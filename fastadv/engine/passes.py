@@ -76,6 +76,8 @@ class Passes:
 
     def answer(self, inputs: Tensor) -> Tensor:
         """What the model says, in the type in which it says it. Has no mark, for it gets compiled."""
+        if self.dtype is None and not self.signs:
+            return self.model(inputs)  # type: ignore[no-any-return]
         nothing = contextlib.nullcontext()
         # The cache would hold casts of weights made without a graph, which a training step could then meet.
         precision = nothing if self.dtype is None else torch.autocast(inputs.device.type, self.dtype, cache_enabled=False)
@@ -91,11 +93,12 @@ class Passes:
     ) -> tuple[Tensor, Losses, Tensor]:
         """Logits, losses (into ``out`` where possible) and the losses' gradient with respect to ``inputs``, up to its scale."""
         logits = self.logits(inputs.requires_grad_())
-        losses = loss(logits.detach(), y, reference, out)
+        values = logits.detach()
+        losses = loss(values, y, reference, out)
         cotangent = self.cotangent(losses[1])
         with mark("model backward"):
             gradient = input_gradient(logits, inputs, cotangent)
-        return logits.detach(), losses, gradient
+        return values, losses, gradient
 
     def cotangent(self, dlogits: Tensor) -> Tensor:
         """``dlogits``, scaled for fp16 so that gradients deep in the model do not underflow.
