@@ -182,10 +182,14 @@ def test_a_compiled_attack_has_one_row_for_the_model(monkeypatch):
 
 def test_a_replayed_step_has_one_row(monkeypatch):
     """With a recording that only takes time, as there is no GPU."""
-    recording = SimpleNamespace(replay=lambda: time.sleep(NAP))
+
+    class Recording:
+        def replay(self):
+            time.sleep(NAP)
+
     monkeypatch.setattr(graphs, "available", lambda device: True)
-    monkeypatch.setattr(graphs, "_pool", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recording)
+    monkeypatch.setattr(graphs, "_pool", lambda place: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 
