@@ -9,7 +9,6 @@ import json
 import threading
 import time
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
