@@ -46,6 +46,10 @@ def flops(call) -> int:
         ({"keep_best": True}, 2 * 10 + 1),  # and the last image's forward
         ({"restarts": 2}, 2 * (2 * 10 + 1)),
         ({"bn": "train"}, 2 * 10),
+        ({"twin": True}, 2 * 10),
+        ({"memory": "signs"}, 2 * 10),
+        ({"precision": "bf16"}, 2 * 10),
+        ({"precision": "bf16", "keep_best": True}, 2 * 10 + 2),  # and the model itself looks at the best images
     ],
 )
 @pytest.mark.parametrize("training", [False, True])
@@ -53,6 +57,7 @@ def test_an_attack_is_its_model_passes(options, passes, training):
     model = conv_net().train(training)
     forward = flops(lambda: model(X))
     attack = fastadv.PGD(model, eps=0.03, **options)
+    attack(X, Y)  # a twin is checked when it is made
     assert flops(lambda: attack(X, Y)) == passes * forward
 
 

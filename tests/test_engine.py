@@ -311,6 +311,33 @@ def test_weights_may_change_between_calls(way):
         assert not torch.equal(adv, x)
 
 
+@pytest.mark.parametrize("objective", [fastadv.PGDAT, fastadv.TRADES, fastadv.MART, fastadv.SCORE], ids=lambda o: o.__name__)
+def test_objectives_attack_by_any_engine(way, objective):
+    net = cnn(dropout=0.0)
+    x, y = batch()
+    given = {"init": torch.rand_like(x).mul_(0.02).add_(x), "steps": 3, "bn": "eval"}
+    ours, plain = (objective(objective.paper_attack(net, **given, **options)) for options in (way, {}))
+    for _ in range(3):
+        adv, expected = (o.adversarial(net, x, y) for o in (ours, plain))
+        moves = [(images - x).flatten() for images in (adv, expected)]
+        assert F.cosine_similarity(*moves, dim=0) > (0.7 if "precision" in way else 0.99)
+    assert ours.loss(net, x, y, adv).isfinite()
+    assert ours.attack.stats.precision == way.get("precision", "fp32")
+
+
+def test_settings_are_seen_and_not_reassigned():
+    attack = fastadv.PGD(cnn(), 0.03, precision="bf16", twin=True)
+    assert "Engine(engine='eager', precision='bf16', twin=True, memory='normal')" in repr(attack)
+    with pytest.raises(AttributeError):
+        attack.engine = "graph"
+    attack.bn = "batch"
+    x, y = batch()
+    before = state(attack.model)
+    with pytest.raises(ValueError, match=r"twin=True needs bn='eval'.*got bn='batch'"):
+        attack(x, y)
+    assert state(attack.model) == before
+
+
 # --------------------------------------------------------------------------------------------------------- CUDA graphs
 
 
@@ -836,6 +863,44 @@ def test_a_restart_is_not_left_out_on_the_word_of_lower_precision():
     attack(x, y)
     assert len(steps) == 6
     assert not attack.info.success.any()
+
+
+def test_stopping_without_labels_is_by_the_models_own_prediction():
+    """A model whose answer in lower precision is another one."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear()
+
+        def forward(self, x):
+            logits = self.linear(x)
+            return logits.roll(1, 1) if torch.is_autocast_enabled("cpu") else logits
+
+    x, _ = batch()
+    net = Net()
+    attack = fastadv.PGD(net, 0.5, loss="kl", early_stop=True, precision="bf16", generator=seed())
+    adv = attack(x)
+    assert attack.info.success.any()
+    assert torch.equal(attack.info.success, net(adv).argmax(1) != net(x).argmax(1))
+
+
+@pytest.mark.parametrize("way", ["compile", "auto"])
+def test_shrinking_batches_are_not_compiled(monkeypatch, way):
+    x, y = digits()
+    x, y, net = x[1200:1264], y[1200:1264], trained_lenet()
+    compiled = []
+
+    def counting(function, **options):
+        compiled.append(function)
+        return aot(function, **options)
+
+    monkeypatch.setattr(torch, "compile", counting)
+    attack = fastadv.PGD(net, 0.12, 0.02, early_stop=True, init="zero", engine=way)
+    for _ in range(4):
+        attack(x, y)
+    assert len(compiled) == 1
+    assert attack.stats.steps["eager"] > 10
 
 
 def test_rescoring_measures_divergences_from_the_models_own_prediction():

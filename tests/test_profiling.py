@@ -149,7 +149,7 @@ def test_everything_is_as_after_as_many_ordinary_calls(variant):
         assert passes.listener is None
         if attack.bn != "train":
             assert state(attack.model) == before
-        settings = {name: value for name, value in vars(attack).items() if name not in ("model", "engine", "info")}
+        settings = {name: value for name, value in vars(attack).items() if name not in ("model", "_engine", "info")}
         weights = [t.tolist() for t in attack.model.state_dict().values()]
         info = [v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(attack.info).values()]
         outcomes.append((settings, weights, info, copy.deepcopy(attack.stats), surroundings(), attack(x, y).tolist()))
@@ -264,7 +264,7 @@ def test_attacks_inside_the_model_and_in_other_threads_take_no_row_of_this_one()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("_engine", ["eager", "graph"])
 def test_on_a_gpu_rows_are_times_of_its_stream(engine):
     class Busy(nn.Module):
         def __init__(self) -> None:

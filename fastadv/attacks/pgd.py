@@ -91,7 +91,7 @@ class PGD:
             brought up to date at each call. Needs bn "eval" and a model that torch.fx can trace; else a line in the log says
             why the model itself is attacked.
         memory: "signs" saves for the backward pass only what an input's gradient needs: of a ReLU the signs, of convolutions
-            and linear layers nothing. The same bits, several times larger batches, somewhat slower.
+            and batch norms nothing. The same bits, several times larger batches, somewhat slower.
 
     ``eps`` and ``alpha`` may be assigned between calls. ``info`` (:class:`AttackInfo`) describes the last call, ``stats``
     (:class:`fastadv.engine.Stats`) how all calls were executed.
@@ -141,13 +141,13 @@ class PGD:
         self.model, self.eps, self.alpha, self.steps, self.norm, self.loss = model, eps, alpha, steps, norm, loss
         self.init, self.bn, self.restarts, self.targeted, self.bounds = init, bn, restarts, targeted, bounds
         self.keep_best, self.early_stop, self.generator = keep_best, early_stop, generator
-        self.engine = Engine(engine, precision, twin, memory, bn)
+        self._engine = Engine(engine, precision, twin, memory, bn)
         self.info: AttackInfo | None = None
         self._check_sizes()
 
     def __repr__(self) -> str:
         shown = ("eps", "alpha", "steps", "norm", "loss", "bn", "restarts", "targeted", "bounds")
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)}, {self.engine!r})"
 
     def __call__(self, x: Tensor, y: Tensor | None = None, logits_ref: Tensor | None = None) -> Tensor:
         """Attacks the batch.
@@ -179,9 +179,14 @@ class PGD:
         return x_adv
 
     @property
+    def engine(self) -> Engine:
+        """The execution, with its settings. Another needs another attack."""
+        return self._engine
+
+    @property
     def stats(self) -> EngineStats:
         """How the calls so far were executed."""
-        return self.engine.stats
+        return self._engine.stats
 
     # ------------------------------------------------------------------------------------------------------ the attack
 
@@ -196,7 +201,7 @@ class PGD:
         tracking = self.keep_best or self.early_stop
         compared = tracking or self.restarts > 1
         alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
-        passes = self.engine.passes(model, x, lambda logits: checks.logits(logits, x, y))
+        passes = self._engine.passes(model, x, self.bn, lambda logits: checks.logits(logits, x, y))
 
         reference = logits_ref.detach() if logits_ref is not None else None  # clean logits
         forwards = 0
@@ -204,6 +209,9 @@ class PGD:
             with torch.no_grad():
                 reference, forwards = passes.logits(x), 1
         label = reference if y is None else y
+        if compared and y is None and not passes.are_of(model):
+            with torch.no_grad():  # the class that is left is the model's own
+                label, forwards = Passes(model).logits(x), forwards + 1
         loop = _Ascent(
             adv=centre, centre=centre, y=y, reference=reference, label=None if label is None else classes_of(label),
             eps=self.eps, alpha=-alpha if self.targeted else alpha, lo=lo, hi=hi, dtype=x.dtype,
@@ -233,7 +241,7 @@ class PGD:
     def _ascend(self, loop: _Ascent, model: Model) -> tuple[int, bool]:
         """Runs one restart and brings ``loop`` up to date; how many forwards, and whether with the model's own bits."""
         shrinks = self._shrinks()
-        run, rows, forwards, exact = self.engine.run(loop, model), None, 0, True
+        run, rows, forwards, exact = self._engine.run(loop, model), None, 0, True
         for _ in range(self.steps):
             if self.early_stop:
                 standing = int((~run.loop.fooled).sum())
@@ -245,7 +253,7 @@ class PGD:
                     kept = run.loop.fooled.byte().argsort(stable=True)[:size]
                     part, rows = run.loop.rows(kept), kept if rows is None else rows[kept]
                     part.passes = loop.passes
-                    run = self.engine.run(part, model)
+                    run = self._engine.run(part, model, part=True)
             forwards += self._look(run, run.step, model)
             exact = exact and run.exact
         else:

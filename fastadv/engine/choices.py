@@ -47,10 +47,10 @@ def known() -> dict[str, Choice]:
     """All choices on file; none if it cannot be read."""
     try:
         content: dict[str, Choice] = json.loads(file().read_text())
-        assert all(Choice.__annotations__.keys() <= choice.keys() for choice in content.values())
-    except (OSError, ValueError, AttributeError, AssertionError):
+        complete = all(Choice.__annotations__.keys() <= choice.keys() for choice in content.values())
+    except (OSError, ValueError, AttributeError):
         return {}
-    return content
+    return content if complete else {}
 
 
 def remember(key: str, choice: Choice) -> None:

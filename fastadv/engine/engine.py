@@ -23,7 +23,7 @@ from ..machine import device_name, multiplication
 from . import choices, graphs
 from .guest import Model, keeping_buffers
 from .loop import L, Loop
-from .passes import PRECISIONS, CompiledPasses, Passes, dtype_for
+from .passes import DTYPES, PRECISIONS, CompiledPasses, Passes, dtype_for
 from .twin import Twin, TwinError
 
 ENGINES = ("auto", "eager", "compile", "graph")
@@ -99,15 +99,19 @@ class Engine:
         checks.one_of("engine", engine, ENGINES)
         checks.one_of("precision", precision, PRECISIONS)
         checks.one_of("memory", memory, MEMORIES)
-        if twin and bn != "eval":
-            raise ValueError(f"twin=True needs bn='eval', whose statistics do not depend on the batch; got bn={bn!r}")
-        if engine == "compile" and bn == "train":
-            raise ValueError("engine='compile' cannot update running statistics: use bn='eval' or 'batch', or engine='eager'")
-        if engine == "compile" and memory == "signs":
-            raise ValueError("engine='compile' chooses what to save itself: use memory='normal', or engine='eager'")
-        self.engine, self.precision, self.twin, self.memory, self.bn = engine, precision, bool(twin), memory, bn
+        self.engine, self.precision, self.twin, self.memory = engine, precision, bool(twin), memory
+        self._run_under(bn)
         self.stats = Stats()
         self._forget()
+
+    def _run_under(self, bn: str) -> None:
+        if self.twin and bn != "eval":
+            raise ValueError(f"twin=True needs bn='eval', whose statistics do not depend on the batch; got bn={bn!r}")
+        if self.engine == "compile" and bn == "train":
+            raise ValueError("engine='compile' cannot update running statistics: use bn='eval' or 'batch', or engine='eager'")
+        if self.engine == "compile" and self.memory == "signs":
+            raise ValueError("engine='compile' chooses what to save itself: use memory='normal', or engine='eager'")
+        self.bn = bn
 
     def __repr__(self) -> str:
         shown = ("engine", "precision", "twin", "memory")
@@ -130,11 +134,12 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------------- the model's side
 
-    def passes(self, model: Model, x: Tensor, check: Callable[[Tensor], None] | None = None) -> Passes:
+    def passes(self, model: Model, x: Tensor, bn: str, check: Callable[[Tensor], None] | None = None) -> Passes:
         """Eager passes on the model or its twin, in this engine's precision, for one call. Inside :func:`attacking`.
 
-        Raises ValueError if a plan asked for by name cannot be had on x's device or of such a model.
+        Raises ValueError if a plan asked for by name cannot be had on x's device, of such a model or under ``bn``.
         """
+        self._run_under(bn)
         if self.engine == "graph" and not (graphs.available(x.device) and isinstance(model, nn.Module)):
             got = f"{type(model).__name__} on {x.device}"
             raise ValueError(f"engine='graph' needs an nn.Module on a CUDA device, whose weights it can watch; got {got}")
@@ -142,9 +147,7 @@ class Engine:
             self._forget()
             self._model = weakref.ref(model) if isinstance(model, nn.Module) else lambda: model
         dtype = dtype_for(self.precision, x.device)
-        self.stats.precision = next(
-            (name for name, d in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if d == dtype), "fp32"
-        )
+        self.stats.precision = next((name for name, cast in DTYPES.items() if cast == dtype), "fp32")
 
         def checked(logits: Tensor) -> None:
             if check is not None:
@@ -178,12 +181,15 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------- the loop's side
 
-    def run(self, loop: L, model: Model) -> Run[L]:
-        """Sets the loop up by the plan for its kind of inputs. ``loop.passes`` is from :meth:`passes`."""
+    def run(self, loop: L, model: Model, part: bool = False) -> Run[L]:
+        """Sets the loop up by the plan for its kind of inputs. ``loop.passes`` is from :meth:`passes`.
+
+        A ``part`` of a batch may have any of a dozen sizes: it is recorded, but not worth to be compiled or measured.
+        """
         twinned = loop.passes.model is not model
         images = loop.adv.dim() == 4 and loop.adv.stride(1) != 1  # of one channel too, whose strides decide for what follows
         plan, kept = Plan(channels_last=twinned and images), None
-        if self.engine != "eager":
+        if self.engine == "graph" or (self.engine != "eager" and not part):
             key = (loop.signature(), self._surroundings(model, loop.adv.device))
             kept = self._kept.get(key)
             if kept is None and self._worth_keeping(key):
@@ -192,8 +198,9 @@ class Engine:
             if kept is not None:
                 kept.uses += 1
                 plan = kept.plan
+        own = loop.passes.are_of(model)
         loop, step = self._realised(kept or _Kept(plan), loop)
-        exact = not twinned and loop.passes.dtype is None and not plan.compiled and not plan.channels_last
+        exact = own and not plan.compiled and not plan.channels_last
 
         def counted() -> None:
             step()

@@ -65,6 +65,10 @@ class Passes:
     ) -> None:
         self.model, self.dtype, self.signs, self.coupled, self.check = model, dtype, signs, coupled, check
 
+    def are_of(self, model: Model) -> bool:
+        """Whether these are the model's own forward passes: of no twin, in no other precision."""
+        return self.model is model and self.dtype is None
+
     def logits(self, inputs: Tensor) -> Tensor:
         """One forward pass, in the precision; a half-precision answer to autocast comes as fp32."""
         with mark("model forward"):
