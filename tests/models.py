@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPE = (3, 8, 8)
 
@@ -175,3 +176,18 @@ def surroundings() -> tuple:
         pickle.dumps(np.random.get_state()),
         sys.gettrace(),
     )
+
+
+class Ops(TorchDispatchMode):
+    """Records what torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::item", "aten::is_nonzero"}

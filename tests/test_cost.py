@@ -6,9 +6,12 @@ import contextlib
 
 import pytest
 import torch
-from models import one_thread  # noqa: F401
+from models import (
+    SYNCS,
+    Ops,
+    one_thread,  # noqa: F401
+)
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastadv
@@ -123,21 +126,6 @@ def test_free_training_is_its_replays(replays):
             out.loss.backward()
 
     assert flops(step) == replays * 3 * forward
-
-
-class Ops(TorchDispatchMode):
-    """Records what torch runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::item", "aten::is_nonzero"}
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])

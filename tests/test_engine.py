@@ -20,7 +20,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import (
+    SYNCS,
     FailsAt,
+    Ops,
     batch,
     cnn,
     count_calls,
@@ -32,7 +34,6 @@ from models import (
     trained_lenet,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastadv
 from fastadv.engine import choices, engine, graphs
@@ -984,21 +985,6 @@ def test_bad_settings_are_refused(options, message):
 
 
 # ------------------------------------------------------------------------------------------------- nothing but the model
-
-
-class Ops(TorchDispatchMode):
-    """Counts what torch runs, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::item", "aten::is_nonzero"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -264,7 +264,7 @@ def test_attacks_inside_the_model_and_in_other_threads_take_no_row_of_this_one()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("_engine", ["eager", "graph"])
+@pytest.mark.parametrize("engine", ["eager", "graph"])
 def test_on_a_gpu_rows_are_times_of_its_stream(engine):
     class Busy(nn.Module):
         def __init__(self) -> None:
