@@ -60,7 +60,7 @@ def draw(results: list[dict[str, Any]], picture: Path) -> None:
             batches = sorted({batch for points in lines.values() for batch in points})
             axes.set_xticks(batches, [str(batch) for batch in batches])
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(lambda speed, _: f"{speed:,.0f}" if speed >= 1 else f"{speed:g}")
+            axes.yaxis.set_major_formatter(lambda speed, _: f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_minor_locator(NullLocator())
             axes.grid(linewidth=0.3)
