@@ -220,6 +220,85 @@ def test_labels_are_checked_in_every_call(way, labels, message):
             attack(x, labels)
 
 
+@pytest.mark.parametrize("k", [0, 4, 6])
+def test_nothing_is_disturbed_by_an_interrupt(way, k):
+    """Ctrl-C while the model runs: in the eager call, in setting up a plan, in a step by it."""
+    if way.get("engine") == "compile":
+        pytest.skip("whose passes call no forward in Python")
+    net = FailsAt(cnn(), k, KeyboardInterrupt)
+    x, y = batch()
+    attack = attack_by(way, net)
+    before, around = state(net), surroundings()
+    for _ in range(4):
+        with contextlib.suppress(KeyboardInterrupt):
+            attack(x, y)
+        assert surroundings() == around
+        assert state(net) == before
+    net.k = 10**6
+    assert torch.isfinite(attack(x, y)).all()
+
+
+def test_running_statistics_move_as_in_eager_calls(way):
+    """bn="train", where an engine takes it."""
+    if "twin" in way or way.get("engine") == "compile":
+        with pytest.raises(ValueError, match=r"bn|running statistics"):
+            attack_by(way, cnn(), bn="train")
+        return
+    nets = [cnn(dropout=0.0).train() for _ in range(2)]
+    x, y = batch()
+    for net, options in zip(nets, (way, {}), strict=True):
+        attack = attack_by(options, net, bn="train", init="zero")
+        for _ in range(3):
+            attack(x, y)
+    for ours, theirs in zip(nets[0].buffers(), nets[1].buffers(), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, atol=0.02 if "precision" in way else 1e-6, rtol=0)
+
+
+def test_frozen_parameters_and_gradients_stay(way):
+    net = cnn()
+    for p in [*net[0].parameters(), net[1].weight]:
+        p.requires_grad_(False)
+    x, y = batch()
+    F.cross_entropy(net(x), y).backward()
+    attack = attack_by(way, net)
+    before = state(net)
+    for _ in range(3):
+        attack(x, y)
+        assert state(net) == before
+
+
+def test_within_the_callers_autocast(way):
+    """Its cache may hold no cast of the images, which move, nor one of weights without their graph."""
+    if "precision" in way:
+        return  # has its own
+    x, y = batch()
+    net, alone = cnn(dropout=0.0).eval(), cnn(dropout=0.0).eval()
+    attack = attack_by(way, net, init="zero")
+    for _ in range(3):
+        for p in (*net.parameters(), *alone.parameters()):
+            p.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            adv = attack(x, y)
+            F.cross_entropy(net(x), y).backward()
+            F.cross_entropy(alone(x), y).backward()
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.parameters(), alone.parameters(), strict=True))
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        expected = fastadv.pgd(alone, x, y, 0.03, steps=3, init="zero")
+    assert F.cosine_similarity((adv - x).flatten(), (expected - x).flatten(), dim=0) > 0.9
+
+
+def test_ddp_is_left_out(way, process_group):
+    x, y = batch()
+    net = cnn(dropout=0.0)
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(net))
+    calls = count_calls(wrapped)
+    ours, theirs = attack_by(way, wrapped, init="zero"), attack_by(way, net, init="zero")
+    for _ in range(3):
+        torch.testing.assert_close(ours(x, y), theirs(x, y))
+    assert not calls
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_within_any_grad_mode(way, context):
     net = cnn(dropout=0.0)
