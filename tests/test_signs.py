@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import batch, cnn, one_thread, seeded  # noqa: F401
-from test_cost import SYNCS, Ops
+from models import SYNCS, Ops, batch, cnn, one_thread, seeded  # noqa: F401
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
+import benchmarks.memory
+import benchmarks.models
 import fastadv
 from fastadv.engine import attacking
 from fastadv.engine.signs import signs_only
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    import benchmarks.memory
-    import benchmarks.models
-
-    return benchmarks
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -60,7 +51,7 @@ def saves(function, x: Tensor) -> list[tuple[torch.dtype, int]]:
     """Type and number of elements of what is saved for the input gradient of a function without weights."""
     saved: list[tuple[torch.dtype, int]] = []
     x = x.clone().requires_grad_()
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, t.numel())), lambda _: None)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, t.numel())), lambda: None)
     with hooks, signs_only():
         function(x)
     return saved
@@ -100,7 +91,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layers_are_exact_and_save_no_activation(layer, layout, benchmarks):
+def test_layers_are_exact_and_save_no_activation(layer, layout):
     dims, build = LAYERS[layer]
     for dtype in DTYPES:
         module = frozen(seeded(build)()).to(dtype)
@@ -124,7 +115,7 @@ def test_weights_of_another_layout_decide_the_format_of_results():
     assert_exact(net, image("contiguous"))
 
 
-def test_autocast_saves_no_cast_of_a_weight(benchmarks):
+def test_autocast_saves_no_cast_of_a_weight():
     net, x = frozen(nn.Sequential(nn.Conv2d(4, 64, 3), nn.ReLU())), image("contiguous").requires_grad_()
     with signs_only(), torch.autocast("cpu", torch.bfloat16):
         assert benchmarks.memory.saved_bytes(net, lambda: net(x)) == 2 * 64 * 6 * 6
@@ -293,7 +284,7 @@ def plain(pool: bool) -> nn.Module:
 
 
 @seeded
-def preact(benchmarks) -> nn.Module:
+def preact() -> nn.Module:
     block, stem = benchmarks.models.PreActBlock, nn.Conv2d(3, 16, 3, padding=1, bias=False)
     head = [nn.BatchNorm2d(32), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(32, 10)]
     return nn.Sequential(stem, block(16, 16, 1), block(16, 32, 2), block(32, 32, 2), *head)
@@ -301,16 +292,16 @@ def preact(benchmarks) -> nn.Module:
 
 NETWORKS = {
     "preact": (preact, 7.0),
-    "resnet": (lambda _: resnet(), 3.0),  # sums, GELU and sigmoid keep theirs
-    "pools": (lambda _: plain(True), 5.0),
-    "no pools": (lambda _: plain(False), 5.0),
+    "resnet": (lambda: resnet(), 3.0),  # sums, GELU and sigmoid keep theirs
+    "pools": (lambda: plain(True), 5.0),
+    "no pools": (lambda: plain(False), 5.0),
 }
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_networks_are_exact_and_save_several_times_less(network, benchmarks):
+def test_networks_are_exact_and_save_several_times_less(network):
     build, times = NETWORKS[network]
-    net = frozen(build(benchmarks))
+    net = frozen(build())
     x, _ = batch(3, shape=(3, 16, 16))
 
     def saved() -> int:
@@ -326,7 +317,7 @@ def test_networks_are_exact_and_save_several_times_less(network, benchmarks):
     assert_exact(net.double(), x.double())
 
 
-def test_preact_resnet18_saves_an_eighth(benchmarks):
+def test_preact_resnet18_saves_an_eighth():
     """In MiB an image. What is left is a bool for each element of its ReLUs, 0.53, and the input of its average pool."""
     with torch.random.fork_rng(devices=[]):
         net = frozen(benchmarks.models.preact_resnet18())
@@ -555,7 +546,7 @@ def test_checkpoints_say_that_they_cannot():
         run(lambda x: checkpoint(net, x, use_reentrant=False), x, signs_only())
 
 
-def test_a_model_prepared_for_an_attack_is_lean(benchmarks):
+def test_a_model_prepared_for_an_attack_is_lean():
     """Parameters that usually take gradients do not, meanwhile."""
     net = cnn().train()
     x = batch()[0].requires_grad_()
