@@ -51,7 +51,7 @@ def saves(function, x: Tensor) -> list[tuple[torch.dtype, int]]:
     """Type and number of elements of what is saved for the input gradient of a function without weights."""
     saved: list[tuple[torch.dtype, int]] = []
     x = x.clone().requires_grad_()
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, t.numel())), lambda: None)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, t.numel())), lambda _: None)
     with hooks, signs_only():
         function(x)
     return saved
