@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from . import checks, info, ops
 from .attacks import PGD, fgsm
+from .files import replacing
 from .methods import METHODS, Method
 from .objectives import GKL, Consistency, FreeAT, Objective, Output
-from .report import Report, replacing
+from .report import Report
 from .weights import AWP
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .attacks import PGD
 from .engine import passes
+from .files import replacing
 
 WARM_UP = 2  # calls: the engine has its plan from the second with inputs of some kind on
 CALLS = 5  # odd, for the median
@@ -79,8 +80,6 @@ class Profile:
 
         It shows every operator and kernel under the rows of the table, and is slower than the table for that.
         """
-        from .report import replacing
-
         with replacing(path) as temporary:
             temporary.write_text(self.trace, encoding="utf-8")
         return Path(path)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import html
 import io
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,22 +106,6 @@ class Report:
     def _add(self, part: str) -> Report:
         self._parts.append(part)
         return self
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, moved over it when the block ends and removed when it fails.
-
-    The folder is made if missing. Beside, because a rename is atomic only within one file system.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:

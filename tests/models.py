@@ -33,6 +33,11 @@ def batch(n: int = 6, classes: int = 10, dtype: torch.dtype = torch.float32, sha
     return torch.rand(n, *shape, generator=g).to(dtype), torch.randint(classes, (n,), generator=g)
 
 
+def seed(value: int = 0) -> torch.Generator:
+    """A generator that draws the same each time."""
+    return torch.Generator().manual_seed(value)
+
+
 def seeded(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """The same weights each time, without touching the global generator."""
 

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from models import NaNGradient, batch, cnn, count_calls, linear, one_thread  # noqa: F401
+from models import NaNGradient, batch, cnn, count_calls, linear, one_thread, seed  # noqa: F401
 from torch import nn
 
 import fastadv
@@ -19,10 +19,6 @@ NORMS = ("linf", "l2", "l1")
 LOSSES = ("ce", "margin", "dlr", "kl", "se")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EPS = {"linf": 8 / 255, "l2": 0.5, "l1": 3.0}  # of 3x8x8 images
-
-
-def seed(value=0):
-    return torch.Generator().manual_seed(value)
 
 
 def per_image(t, like):

@@ -17,6 +17,7 @@ from models import (
     digits,
     linear,
     one_thread,  # noqa: F401
+    seed,
     state,
     surroundings,
     trained_lenet,
@@ -26,10 +27,6 @@ from torch import nn
 import fastadv
 
 BN = ("eval", "batch", "train")
-
-
-def seed(value=0):
-    return torch.Generator().manual_seed(value)
 
 
 def margin_loss(logits, y):

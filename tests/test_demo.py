@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from fastadv import demo
-from fastadv.report import Report, replacing
+from fastadv.files import replacing
+from fastadv.report import Report
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -257,7 +258,7 @@ def test_second_ctrl_c_ends_it_and_keeps_the_old_report(tmp_path, monkeypatch, c
 
     (tmp_path / "report.html").write_text("old")
     monkeypatch.setattr(demo, "experiment", interrupted)
-    monkeypatch.setattr("fastadv.report.os.replace", interrupted)
+    monkeypatch.setattr("fastadv.files.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.run(tmp_path)
     assert files(tmp_path) == ["report.html"]

@@ -29,6 +29,7 @@ from models import (
     digits,
     linear,
     one_thread,  # noqa: F401
+    seed,
     state,
     surroundings,
     trained_lenet,
@@ -37,10 +38,6 @@ from torch import nn
 
 import fastadv
 from fastadv.engine import choices, engine, graphs
-
-
-def seed(value=0):
-    return torch.Generator().manual_seed(value)
 
 
 @pytest.fixture(autouse=True)
@@ -182,20 +179,22 @@ def test_nothing_is_disturbed(way, bn, mode):
     assert torch.equal(x, x_before)
 
 
-@pytest.mark.parametrize("k", [0, 1, 4, 7])
-def test_nothing_is_disturbed_by_an_exception(way, k):
-    if {"twin"} & way.keys() or way.get("engine") in ("compile", "auto"):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("k", [0, 1, 4, 6, 7])
+def test_nothing_is_disturbed_by_an_exception(way, k, error):
+    """Nor by Ctrl-C: in the eager call, in setting up a plan, in a step by it."""
+    if way.get("engine") == "compile":
         pytest.skip("whose passes call no forward in Python")
-    net = FailsAt(cnn(), k)
+    net = FailsAt(cnn(), k, error)
     x, y = batch()
     attack = attack_by(way, net)
     before, around = state(net), surroundings()
     for _ in range(4):
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(error):
             attack(x, y)
         assert state(net) == before
         assert surroundings() == around
-    assert net.calls > k
+    assert net.calls > k or "twin" in way  # which calls the model itself now and then only
     net.k = 10**6
     assert torch.isfinite(attack(x, y)).all()
 
@@ -218,24 +217,6 @@ def test_labels_are_checked_in_every_call(way, labels, message):
         attack(x, good)
         with pytest.raises(ValueError, match=message):
             attack(x, labels)
-
-
-@pytest.mark.parametrize("k", [0, 4, 6])
-def test_nothing_is_disturbed_by_an_interrupt(way, k):
-    """Ctrl-C while the model runs: in the eager call, in setting up a plan, in a step by it."""
-    if way.get("engine") == "compile":
-        pytest.skip("whose passes call no forward in Python")
-    net = FailsAt(cnn(), k, KeyboardInterrupt)
-    x, y = batch()
-    attack = attack_by(way, net)
-    before, around = state(net), surroundings()
-    for _ in range(4):
-        with contextlib.suppress(KeyboardInterrupt):
-            attack(x, y)
-        assert surroundings() == around
-        assert state(net) == before
-    net.k = 10**6
-    assert torch.isfinite(attack(x, y)).all()
 
 
 def test_running_statistics_move_as_in_eager_calls(way):
@@ -806,7 +787,7 @@ def test_a_damaged_file_of_choices_is_measured_anew(monkeypatch, own_choices, co
     attack(x, y), attack(x, y)
     assert timed
     assert len(json.loads((own_choices / "choices.json").read_text())) == 1
-    assert not list(own_choices.glob("tmp*"))
+    assert [f.name for f in own_choices.iterdir()] == ["choices.json"]
 
 
 def test_choices_for_a_loss_of_the_users_are_found_again(monkeypatch):

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..engine import BN_MODES, Engine, Loop, Losses, Model, Passes, Run, attacking, round_towards, unwrap
-from ..engine import Stats as EngineStats
+from ..engine import BN_MODES, Engine, Loop, Losses, Model, Passes, Run, Stats, attacking, round_towards, unwrap
 from ..reference.loss import classes_of
 from ..reference.step import Scalar, per_sample
 from .losses import DIVERGENCES, LABEL_LOSSES, AttackLoss, CustomLoss
@@ -184,7 +183,7 @@ class PGD:
         return self._engine
 
     @property
-    def stats(self) -> EngineStats:
+    def stats(self) -> Stats:
         """How the calls so far were executed."""
         return self._engine.stats
 
@@ -203,15 +202,16 @@ class PGD:
         alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
         passes = self._engine.passes(model, x, self.bn, lambda logits: checks.logits(logits, x, y))
 
-        reference = logits_ref.detach() if logits_ref is not None else None  # clean logits
+        # Clean logits: what the loss measures from, by the passes, and the model's own, for the last word.
+        reference = own = None if logits_ref is None else logits_ref.detach()
         forwards = 0
         if reference is None and (loss.needs_reference or (compared and y is None)):
             with torch.no_grad():
-                reference, forwards = passes.logits(x), 1
-        label = reference if y is None else y
-        if compared and y is None and not passes.are_of(model):
-            with torch.no_grad():  # the class that is left is the model's own
-                label, forwards = Passes(model).logits(x), forwards + 1
+                reference = own = passes.logits(x)
+                forwards = 1
+                if compared and not passes.are_of(model):
+                    own, forwards = Passes(model).logits(x), 2
+        label = own if y is None else y
         loop = _Ascent(
             adv=centre, centre=centre, y=y, reference=reference, label=None if label is None else classes_of(label),
             eps=self.eps, alpha=-alpha if self.targeted else alpha, lo=lo, hi=hi, dtype=x.dtype,
@@ -234,7 +234,8 @@ class PGD:
         if not compared:
             return loop.inputs().detach(), AttackInfo(loop.zero_grad, loop.nan_grad, None, None, forwards)
         if not exact:
-            forwards += self._score_again(loop, Passes(model), None if logits_ref is None else logits_ref.detach())
+            loop.score_again(Passes(model), own)
+            forwards += 1
         found = -loop.score if self.targeted else loop.score
         return loop.image, AttackInfo(loop.zero_grad, loop.nan_grad, loop.fooled, found, forwards)
 
@@ -275,18 +276,6 @@ class PGD:
         """Whether the fooled may leave the batch: batch statistics, and perhaps the user's loss, couple them to the others."""
         return self.early_stop and self.bn == "eval" and isinstance(self.loss, str)
 
-    def _score_again(self, loop: _Ascent, passes: Passes, reference: Tensor | None) -> int:
-        """Success and loss of the best images by the model as it is; the number of forwards that it took."""
-        loop.passes, forwards = passes, 1
-        with torch.no_grad():
-            if loop.reference is not None and reference is None:
-                loop.reference, forwards = passes.logits(loop.centre.to(loop.dtype)), 2
-                if loop.y is None:
-                    loop.label = loop.reference.argmax(1)
-            logits = passes.logits(loop.image)
-            loop.score, loop.fooled = loop.judged(logits, loop.loss(logits, loop.y, loop.reference)[0])
-        return forwards
-
     def _start(self, x: Tensor, lo: float, hi: float, may_be_returned: bool) -> Tensor:
         """The first image of a restart, a new tensor, in ball and box; but "normal" only if it may be returned, as TRADES."""
         if self.init == "zero":
@@ -298,10 +287,7 @@ class PGD:
             if not may_be_returned:
                 return adv
         elif self.norm == "linf":
-            # Drawn on the CPU where it may be: reading it from a GPU would wait for all that is queued there.
-            device = "cpu" if self.generator is None else x.device
-            seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=self.generator)
-            return ops.linf_start(x, self.eps, lo, hi, int(seed))
+            return uniform_start(x, self.eps, lo, hi, self.generator)
         else:  # a uniform direction and a uniform length
             noise, dims = torch.empty_like(x).normal_(generator=self.generator), tuple(range(1, x.dim()))
             size = torch.linalg.vector_norm(noise, int(self.norm[1]), dim=dims, keepdim=True)
@@ -335,6 +321,14 @@ class PGD:
                 raise ValueError("init must be finite; it holds NaN or inf")
         if self.generator is not None and self.generator.device.type != x.device.type:
             raise ValueError(f"generator must be on {x.device.type} like x; got one on {self.generator.device}")
+
+
+def uniform_start(x: Tensor, eps: Scalar, lo: float, hi: float, generator: torch.Generator | None) -> Tensor:
+    """:func:`fastadv.ops.linf_start` by a seed from ``generator``, which is on x's device; None: torch's global one."""
+    # Drawn on the CPU where it may be: reading it from a GPU would wait for all that is queued there.
+    device = "cpu" if generator is None else x.device
+    seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
+    return ops.linf_start(x, eps, lo, hi, int(seed))
 
 
 @dataclass
@@ -413,6 +407,12 @@ class _Ascent(Loop):
             self.fooled[found] = fooled = reached if self.loss.targeted else ~reached
             self.score[found] = self.score[found].masked_fill(~fooled, -math.inf)
         return 1
+
+    def score_again(self, passes: Passes, reference: Tensor | None) -> None:
+        """Success and loss of the best images by ``passes``, measured from the clean logits ``reference``."""
+        with torch.no_grad():
+            logits = passes.logits(self.image)
+            self.score, self.fooled = self.judged(logits, self.loss(logits, self.y, reference)[0])
 
     def judged(self, logits: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """What the attack raises [N], and whether it has got there [N]."""

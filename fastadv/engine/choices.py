@@ -9,13 +9,13 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch import nn
 
+from ..files import replacing
 from .guest import Model
 
 
@@ -34,12 +34,12 @@ def file() -> Path:
     return Path(root) / "choices.json"
 
 
-def fingerprint(model: Model, *signature: object) -> str | None:
+def fingerprint(model: Model, *given: object) -> str | None:
     """The same for the same architecture, inputs, attack, machine and torch in any process; None for a plain callable."""
     if not isinstance(model, nn.Module):
         return None
     weights = [(name, tuple(p.shape), str(p.dtype), p.stride()) for name, p in model.named_parameters()]
-    facts = (type(model).__qualname__, str(model), weights, signature, torch.__version__, torch.get_num_threads())
+    facts = (type(model).__qualname__, str(model), weights, given, torch.__version__)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -55,13 +55,5 @@ def known() -> dict[str, Choice]:
 
 def remember(key: str, choice: Choice) -> None:
     """Adds to the file, in one piece or not at all; a home that cannot be written to is no error."""
-    with contextlib.suppress(OSError):
-        file().parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file().parent, suffix=".json")
-        try:
-            with os.fdopen(handle, "w") as temporary:
-                json.dump({**known(), key: choice}, temporary, indent=1)
-            os.replace(name, file())
-        except BaseException:
-            os.unlink(name)
-            raise
+    with contextlib.suppress(OSError), replacing(file()) as temporary:
+        temporary.write_text(json.dumps({**known(), key: choice}, indent=1))

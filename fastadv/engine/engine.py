@@ -202,9 +202,10 @@ class Engine:
         loop, step = self._realised(kept or _Kept(plan), loop)
         exact = own and not plan.compiled and not plan.channels_last
 
+        name = str(plan)
+
         def counted() -> None:
             step()
-            name = str(plan)
             self.stats.steps[name] = self.stats.steps.get(name, 0) + 1
 
         return Run(loop, counted, exact)
@@ -239,8 +240,8 @@ class Engine:
 
     def _choose(self, loop: Loop, model: Model, plans: list[Plan]) -> _Kept:
         """The fastest plan, from the file of choices or by measuring each on this loop."""
-        signature = (loop.signature(), str(self), str(loop.passes.dtype), self.bn)
-        key = choices.fingerprint(model, device_name(loop.adv.device), signature)
+        device = device_name(loop.adv.device)
+        key = choices.fingerprint(model, device, loop.signature(), str(self), str(loop.passes.dtype), self.bn)
         remembered = choices.known().get(key) if key is not None else None
         shown = f"{'x'.join(map(str, loop.adv.shape))} {str(loop.adv.dtype).removeprefix('torch.')}"
         kept = next((_Kept(plan) for plan in plans if remembered is not None and str(plan) == remembered["plan"]), None)
@@ -259,7 +260,7 @@ class Engine:
                         milliseconds=milliseconds,
                         model=type(model).__name__,
                         inputs=shown,
-                        device=device_name(loop.adv.device),
+                        device=device,
                     ),
                 )
         self.stats.choices[shown] = milliseconds

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import checks
 from ..attacks import PGD
+from ..attacks.pgd import uniform_start
 from ..engine import BN_MODES, Model, attacking, unwrap
 from ..reference.loss import classes_of
 from .labels import LabelLoss, cross_entropy
@@ -57,8 +58,7 @@ class NFGSM(PGDAT):
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         checks.images(x, *self.bounds)
         checks.labels(y, x)
-        seed = torch.empty((), dtype=torch.int64, device=x.device).random_(generator=self.generator)
-        start = ops.linf_start(x, self.noise * self.eps, *self.bounds, int(seed))
+        start = uniform_start(x, self.noise * self.eps, *self.bounds, self.generator)
         reach = (self.noise + 1) * self.eps  # a ball that holds start and step: its projection moves nothing
         return PGD(model, reach, self.eps, 1, init=start, bn=self.bn, bounds=self.bounds)(x, y)
 
