@@ -1014,13 +1014,13 @@ def test_coupled_samples_stay_together(options):
 
 
 def test_sizes_of_shrinking_batches():
-    from fastadv.attacks.pgd import _bucket
+    from fastadv.attacks.search import bucket
 
-    assert [_bucket(s, 64) for s in (64, 49, 48, 33, 32, 25, 24, 17, 16, 13, 12, 3, 2, 1)] == [
+    assert [bucket(s, 64) for s in (64, 49, 48, 33, 32, 25, 24, 17, 16, 13, 12, 3, 2, 1)] == [
         64, 64, 48, 48, 32, 32, 24, 24, 16, 16, 12, 3, 2, 1,
     ]  # fmt: skip
     for of in range(1, 200):
-        sizes = [_bucket(s, of) for s in range(1, of + 1)]
+        sizes = [bucket(s, of) for s in range(1, of + 1)]
         assert all(s <= b <= of for s, b in enumerate(sizes, 1))
         assert len(set(sizes)) <= 17
 

@@ -1,5 +1,6 @@
 """Attacks, one file a family."""
 
-from .pgd import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
+from .base import Attack, AttackInfo
+from .pgd import PGD, NaNGradientWarning, fgsm, pgd
 
-__all__ = ["PGD", "AttackInfo", "NaNGradientWarning", "fgsm", "pgd"]
+__all__ = ["PGD", "Attack", "AttackInfo", "NaNGradientWarning", "fgsm", "pgd"]

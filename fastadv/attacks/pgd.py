@@ -8,9 +8,7 @@ Harnessing Adversarial Examples", 2015 (FGSM); Croce and Hein, "Mind the box", 2
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,10 +16,12 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..engine import BN_MODES, Engine, Loop, Losses, Model, Passes, Run, Stats, attacking, round_towards, unwrap
+from ..engine import BN_MODES, Engine, Losses, Model, Passes, Stats, attacking, unwrap
 from ..reference.loss import classes_of
 from ..reference.step import Scalar, per_sample
+from .base import AttackInfo
 from .losses import DIVERGENCES, LABEL_LOSSES, AttackLoss, CustomLoss
+from .search import Search, drive
 
 STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
 INITS = ("uniform", "normal", "zero")
@@ -33,27 +33,6 @@ class NaNGradientWarning(RuntimeWarning):
 
     Raised for CPU tensors; on a GPU it would make every attack wait, so there ``info`` alone tells.
     """
-
-
-@dataclass(frozen=True)
-class AttackInfo:
-    """What the last call of an attack saw. Per-sample tensors [N] on x's device.
-
-    Attributes:
-        zero_grad: whether the last input gradient was zero everywhere, which is what gradient masking looks like.
-        nan_grad: whether the last input gradient held a NaN.
-        success: whether the returned image fools the model, where the attack evaluated it (keep_best, early_stop or
-            several restarts); else None. Where the attack ran in lower precision, on a twin or compiled, the model itself was
-            asked once more, and this is its answer.
-        loss: the loss of the returned image, likewise. For "ce" under bn "eval" in its attack form, log((1 - p_y) / p_y).
-        forwards: forward passes of the model.
-    """
-
-    zero_grad: Tensor
-    nan_grad: Tensor
-    success: Tensor | None
-    loss: Tensor | None
-    forwards: int
 
 
 class PGD:
@@ -167,12 +146,13 @@ class PGD:
             checks.logits(logits_ref, x, y, source="logits_ref must be")
         if x.numel() == 0:
             nothing = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            self.info = AttackInfo(nothing, nothing, None, None, 0)
+            self.info = AttackInfo(zero_grad=nothing, nan_grad=nothing)
             return x.detach().clone()
         model = unwrap(self.model)
         with attacking(model, self.bn):
             x_adv, self.info = self._attack(model, x.detach(), y, logits_ref, lo, hi)
-        if x_adv.device.type == "cpu" and bool(self.info.nan_grad.any()):
+        nan_grad = self.info.nan_grad
+        if x_adv.device.type == "cpu" and nan_grad is not None and bool(nan_grad.any()):
             message = "some input gradients are NaN; these elements were not moved (see attack.info.nan_grad)"
             warnings.warn(NaNGradientWarning(message), stacklevel=2)
         return x_adv
@@ -219,58 +199,24 @@ class PGD:
         )  # fmt: skip
         loop.passes = passes
         if compared:
-            loop.image, loop.fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            loop.score = torch.full_like(loop.fooled, -math.inf, dtype=centre.dtype)
+            loop.compare()
         loop.zero_grad, loop.nan_grad = torch.zeros(2, len(x), dtype=torch.bool, device=x.device)
 
         exact = True
         for _ in range(self.restarts):
             loop.adv = self._start(centre, lo, hi, may_be_returned=tracking)
-            passed, as_the_model = self._ascend(loop, model)
+            passed, as_the_model = drive(self._engine, loop, model, self.steps, self.early_stop, self._shrinks())
             forwards, exact = forwards + passed, exact and as_the_model
             if self.early_stop and bool(loop.fooled.all()):
                 break
 
         if not compared:
-            return loop.inputs().detach(), AttackInfo(loop.zero_grad, loop.nan_grad, None, None, forwards)
+            return loop.inputs().detach(), AttackInfo(None, None, loop.zero_grad, loop.nan_grad, forwards=forwards)
         if not exact:
             loop.score_again(Passes(model), own)
             forwards += 1
         found = -loop.score if self.targeted else loop.score
-        return loop.image, AttackInfo(loop.zero_grad, loop.nan_grad, loop.fooled, found, forwards)
-
-    def _ascend(self, loop: _Ascent, model: Model) -> tuple[int, bool]:
-        """Runs one restart and brings ``loop`` up to date; how many forwards, and whether with the model's own bits."""
-        shrinks = self._shrinks()
-        run, rows, forwards, exact = self._engine.run(loop, model), None, 0, True
-        for _ in range(self.steps):
-            if self.early_stop:
-                standing = int((~run.loop.fooled).sum())
-                if not standing:
-                    break
-                if shrinks and (size := _bucket(standing, len(loop.adv))) < len(run.loop.adv):
-                    # Those that stand, and as many of the fooled, which do not move, as fill a batch of a size that returns.
-                    loop.update(run.loop, rows)
-                    kept = run.loop.fooled.byte().argsort(stable=True)[:size]
-                    part, rows = run.loop.rows(kept), kept if rows is None else rows[kept]
-                    part.passes = loop.passes
-                    run = self._engine.run(part, model, part=True)
-            forwards += self._look(run, run.step, model)
-            exact = exact and run.exact
-        else:
-            if loop.image is not None:
-                forwards += self._look(run, run.loop.evaluate, model)
-        loop.update(run.loop, rows)
-        return forwards, exact
-
-    def _look(self, run: Run[_Ascent], look: Callable[[], None], model: Model) -> int:
-        """A step, or an evaluation; the number of forwards that it took."""
-        stopped = run.loop.fooled.clone() if self.early_stop and not run.exact else None
-        look()
-        if stopped is None:
-            return 1
-        # Who stops on the word of other passes than the model's own might have stopped too soon.
-        return 1 + run.loop.confirm(stopped, Passes(model))
+        return loop.image, AttackInfo(loop.fooled, found, loop.zero_grad, loop.nan_grad, forwards=forwards)
 
     def _shrinks(self) -> bool:
         """Whether the fooled may leave the batch: batch statistics, and perhaps the user's loss, couple them to the others."""
@@ -332,12 +278,8 @@ def uniform_start(x: Tensor, eps: Scalar, lo: float, hi: float, generator: torch
 
 
 @dataclass
-class _Ascent(Loop):
-    """Gradient steps on one batch.
-
-    The best image of each sample so far, where several are compared: a fooling one before any other, then the higher score
-    (the loss, or minus it where the attack descends), of equals the later.
-    """
+class _Ascent(Search):
+    """Gradient steps on one batch."""
 
     STATE: ClassVar[tuple[str, ...]] = (
         "adv", "centre", "y", "reference", "label", "eps", "alpha", "image", "score", "fooled",
@@ -345,23 +287,9 @@ class _Ascent(Loop):
     SCRATCH: ClassVar[tuple[str, ...]] = ("losses", "gradient")
     SETTINGS: ClassVar[tuple[str, ...]] = ("lo", "hi", "dtype", "norm", "loss", "tracking", "early_stop")
 
-    adv: Tensor
-    centre: Tensor
-    y: Tensor | None
-    reference: Tensor | None
-    label: Tensor | None
-    eps: Scalar
     alpha: Scalar
-    lo: float
-    hi: float
-    dtype: torch.dtype  # of the images that the model is given
-    norm: str
-    loss: AttackLoss
     tracking: bool  # each iterate may become the best image
     early_stop: bool
-    image: Tensor = None  # type: ignore[assignment]  # the three stay None where no images are compared
-    score: Tensor = None  # type: ignore[assignment]
-    fooled: Tensor = None  # type: ignore[assignment]
     losses: Losses | None = None
     gradient: Tensor | None = None
     zero_grad: Tensor = field(init=False)  # of each sample's last gradient, for AttackInfo
@@ -379,7 +307,6 @@ class _Ascent(Loop):
             STEPS[self.norm](self.adv, self.gradient, self.centre, alpha, self.eps, self.lo, self.hi)
 
     def evaluate(self) -> None:
-        """Only looks whether the last step has brought the best image."""
         with torch.no_grad():
             inputs = self.inputs()
             logits = self.passes.logits(inputs)
@@ -389,68 +316,21 @@ class _Ascent(Loop):
     def _keep_best(self, inputs: Tensor, logits: Tensor) -> None:
         assert self.losses is not None
         score, fooled = self.judged(logits, self.losses[0])
-        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & ~(score < self.score))
-        if self.early_stop:
-            better &= ~self.fooled  # who stopped has its image
+        better = self.best(score, fooled, self.early_stop)
         torch.where(better.view(-1, *[1] * (inputs.dim() - 1)), inputs, self.image, out=self.image)
         torch.where(better, score, self.score, out=self.score)
         self.fooled.logical_or_(fooled)
 
-    def confirm(self, stopped: Tensor, passes: Passes) -> int:
-        """Asks the model itself about those who fooled the loop's passes since ``stopped``; returns the forwards it took."""
-        assert self.label is not None
-        found = (self.fooled & ~stopped).nonzero()[:, 0]
-        if not len(found):
-            return 0
-        with torch.no_grad():
-            reached = passes.logits(self.image[found]).argmax(1) == self.label[found]
-            self.fooled[found] = fooled = reached if self.loss.targeted else ~reached
-            self.score[found] = self.score[found].masked_fill(~fooled, -math.inf)
-        return 1
-
-    def score_again(self, passes: Passes, reference: Tensor | None) -> None:
-        """Success and loss of the best images by ``passes``, measured from the clean logits ``reference``."""
-        with torch.no_grad():
-            logits = passes.logits(self.image)
-            self.score, self.fooled = self.judged(logits, self.loss(logits, self.y, reference)[0])
-
-    def judged(self, logits: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """What the attack raises [N], and whether it has got there [N]."""
-        assert self.label is not None
-        reached = logits.argmax(1) == self.label
-        return (-loss, reached) if self.loss.targeted else (loss, ~reached)
-
-    def inputs(self) -> Tensor:
-        """The images as the model gets them: in x's precision, inside the ball there too."""
-        if self.adv.dtype == self.dtype:
-            return self.adv
-        farthest = per_sample(self.eps, self.adv, torch.float64) if self.norm == "linf" else math.inf
-        return round_towards(self.centre.to(self.dtype), self.adv.detach(), farthest)
-
-    def update(self, other: _Ascent, rows: Tensor | None) -> None:
-        """Takes over what has become of these samples (all: None) in a loop that was made of this one."""
-        with torch.no_grad():
-            if other.gradient is not None:
-                elements = tuple(range(1, other.gradient.dim()))
-                highest, lowest = other.gradient.amax(elements), other.gradient.amin(elements)
-                zero, nan = (highest == 0) & (lowest == 0), highest.isnan()
-                if rows is None:
-                    self.zero_grad, self.nan_grad = zero, nan
-                else:
-                    self.zero_grad[rows], self.nan_grad[rows] = zero, nan
-            if other is not self:
-                for name in ("adv", "image", "score", "fooled"):
-                    if (found := getattr(other, name)) is not None:
-                        getattr(self, name)[slice(None) if rows is None else rows] = found
-
-
-def _bucket(standing: int, of: int) -> int:
-    """The least of ``of``, 3/4, 1/2, 3/8, 1/4 ... of it that holds ``standing``: few sizes, which come again."""
-    size = of
-    while size > 1 and (half := (size + 1) // 2) >= standing:
-        size = half
-    three_quarters = (3 * size + 3) // 4
-    return three_quarters if three_quarters >= standing else size
+    def update(self, other: Search, rows: Tensor | None) -> None:
+        if isinstance(other, _Ascent) and other.gradient is not None:
+            elements = tuple(range(1, other.gradient.dim()))
+            highest, lowest = other.gradient.amax(elements), other.gradient.amin(elements)
+            zero, nan = (highest == 0) & (lowest == 0), highest.isnan()
+            if rows is None:
+                self.zero_grad, self.nan_grad = zero, nan
+            else:
+                self.zero_grad[rows], self.nan_grad[rows] = zero, nan
+        super().update(other, rows)
 
 
 def pgd(
