@@ -198,12 +198,12 @@ class Batch:
         if self.queries is None:
             self.queries = torch.zeros_like(self.y)
 
-    def rows(self, chosen: Tensor) -> Batch:
-        """The chosen samples, as a batch with counts of its own (:meth:`count` brings them home)."""
+    def rows(self, chosen: Tensor, stream: int = 0) -> Batch:
+        """The chosen samples, as a batch with counts of its own (:meth:`count` brings them home), to draw from ``stream``."""
         eps = self.eps[chosen] if isinstance(self.eps, Tensor) and self.eps.dim() else self.eps
         return Batch(
             self.model, self.passes, self.x[chosen], self.y[chosen], eps, self.lo, self.hi, self.norm, self.targeted,
-            self.dtype, self.draws.rows(chosen),
+            self.dtype, self.draws.rows(chosen).of_stream(stream),
         )  # fmt: skip
 
     def count(self, part: Batch, chosen: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -77,6 +78,18 @@ class AttackLoss:
             one_hot = (y.amax(1) == 1) & (y.sum(1) == 1)
             return torch.where(one_hot, odds, loss), torch.where(one_hot[:, None], d_odds, dlogits)
         return ops.log_odds(logits, y, out=out)
+
+
+@dataclass(frozen=True)
+class Towards:
+    """The targeted DLR from the labels y to the classes [N] that stand for the reference; the attack ascends it."""
+
+    targeted: ClassVar[bool] = False  # whatever class is reached, it counts
+
+    def __call__(self, logits: Tensor, y: Tensor | None, reference: Tensor | None, out: Losses | None = None) -> Losses:
+        assert y is not None
+        assert reference is not None
+        return ops.dlr_targeted(logits, y, reference, out=out)
 
 
 def _custom(loss: CustomLoss, logits: Tensor, y: Tensor | None) -> Losses:

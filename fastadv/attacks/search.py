@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..engine import Engine, Loop, Model, Passes, Run, round_towards
 from ..reference.step import Scalar, per_sample
-from .losses import AttackLoss
+from .losses import AttackLoss, Towards
 
 S = TypeVar("S", bound="Search")
 
@@ -37,7 +37,8 @@ class Search(Loop):
     hi: float
     dtype: torch.dtype  # of the images that the model is given
     norm: str
-    loss: AttackLoss
+    loss: AttackLoss | Towards
+    queries: Tensor = field(init=False)  # forward passes of each sample, [N]
     image: Tensor = None  # type: ignore[assignment]
     score: Tensor = None  # type: ignore[assignment]
     fooled: Tensor = None  # type: ignore[assignment]
@@ -52,12 +53,13 @@ class Search(Loop):
         """Only looks whether the last step has brought the best image."""
         raise NotImplementedError
 
-    def inputs(self) -> Tensor:
-        """The images as the model gets them: in x's precision, inside the ball there too."""
-        if self.adv.dtype == self.dtype:
-            return self.adv
-        farthest = per_sample(self.eps, self.adv, torch.float64) if self.norm == "linf" else math.inf
-        return round_towards(self.centre.to(self.dtype), self.adv.detach(), farthest)
+    def inputs(self, images: Tensor | None = None) -> Tensor:
+        """The images (default: that move) as the model gets them: in x's precision, inside the ball there too."""
+        images = self.adv if images is None else images
+        if images.dtype == self.dtype:
+            return images
+        farthest = per_sample(self.eps, images, torch.float64) if self.norm == "linf" else math.inf
+        return round_towards(self.centre.to(self.dtype), images.detach(), farthest)
 
     def judged(self, logits: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """What the attack raises [N], and whether it has got there [N]."""
@@ -67,8 +69,8 @@ class Search(Loop):
 
     def best(self, score: Tensor, fooled: Tensor, stopped: bool) -> Tensor:
         """Which of the present images [N] are the best so far; ``stopped``: who fooled the model before has its image."""
-        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & ~(score < self.score))
-        return better & ~self.fooled if stopped else better
+        improves = better(score, fooled, self.score, self.fooled)
+        return improves & ~self.fooled if stopped else improves
 
     def confirm(self, stopped: Tensor, passes: Passes) -> int:
         """Asks the model itself about those who fooled the loop's passes since ``stopped``; returns the forwards it took."""
@@ -77,7 +79,7 @@ class Search(Loop):
         if not len(found):
             return 0
         with torch.no_grad():
-            reached = passes.logits(self.image[found]).argmax(1) == self.label[found]
+            reached = passes.logits(self.inputs(self.image)[found]).argmax(1) == self.label[found]
             self.fooled[found] = fooled = reached if self.loss.targeted else ~reached
             self.score[found] = self.score[found].masked_fill(~fooled, -math.inf)
         return 1
@@ -85,7 +87,7 @@ class Search(Loop):
     def score_again(self, passes: Passes, reference: Tensor | None) -> None:
         """Success and loss of the best images by ``passes``, measured from the clean logits ``reference``."""
         with torch.no_grad():
-            logits = passes.logits(self.image)
+            logits = passes.logits(self.inputs(self.image))
             self.score, self.fooled = self.judged(logits, self.loss(logits, self.y, reference)[0])
 
     def update(self, other: Search, rows: Tensor | None) -> None:
@@ -95,6 +97,16 @@ class Search(Loop):
                 for name in self.RESULTS:
                     if (found := getattr(other, name)) is not None:
                         getattr(self, name)[slice(None) if rows is None else rows] = found
+
+
+def better(score: Tensor, fooled: Tensor, than_score: Tensor, than_fooled: Tensor) -> Tensor:
+    """Which images [N] are better than others, or as good."""
+    return (fooled & ~than_fooled) | ((fooled == than_fooled) & ~(score < than_score))
+
+
+def whole(flags: Tensor, images: Tensor) -> Tensor:
+    """One flag [N] a sample, shaped to broadcast over its image."""
+    return flags.view(-1, *[1] * (images.dim() - 1))
 
 
 def drive(
@@ -111,12 +123,20 @@ def drive(
     Args:
         early_stop: end when all samples have fooled the model.
         shrinks: on the way, let the fooled leave the batch.
-        after: called with the loop in use and the number of the step, after each but the last.
+        after: called with the loop in use and the number of the step, after each.
 
     Returns:
         How many forward passes it took, and whether with the model's own bits.
     """
     run, rows, forwards, exact = engine.run(loop, model), None, 0, True
+    asked = 0  # of the samples in the run, since they were last counted
+    loop.queries = torch.zeros(len(loop.adv), dtype=torch.int64, device=loop.adv.device)
+
+    def count() -> None:
+        nonlocal asked
+        loop.queries[slice(None) if rows is None else rows] += asked
+        asked = 0
+
     for step in range(steps):
         if early_stop:
             standing = int((~run.loop.fooled).sum())
@@ -125,18 +145,20 @@ def drive(
             if shrinks and (size := bucket(standing, len(loop.adv))) < len(run.loop.adv):
                 # Those that stand, and as many of the fooled, which do not move, as fill a batch of a size that returns.
                 loop.update(run.loop, rows)
+                count()
                 kept = run.loop.fooled.byte().argsort(stable=True)[:size]
                 part, rows = run.loop.rows(kept), kept if rows is None else rows[kept]
                 part.passes = loop.passes
                 run = engine.run(part, model, part=True)
-        forwards += _look(run, run.step, model, early_stop)
+        forwards, asked = forwards + _look(run, run.step, model, early_stop), asked + 1
         exact = exact and run.exact
-        if after is not None and step < steps - 1:
+        if after is not None:
             after(run.loop, step)
     else:
         if loop.image is not None:
-            forwards += _look(run, run.loop.evaluate, model, early_stop)
+            forwards, asked = forwards + _look(run, run.loop.evaluate, model, early_stop), asked + 1
     loop.update(run.loop, rows)
+    count()
     return forwards, exact
 
 
