@@ -38,9 +38,7 @@ def build() -> dict[str, str]:
 def backends() -> list[tuple[str, str, str, str]]:
     """(device, op, backend, why) for every op on the CPU and, where there is one, the GPU."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [
-        (device, op, *_choice(op, device)) for device in devices for op in (*ops.STEPS, *ops.STARTS, *ops.WEIGHTS, *ops.LOSSES)
-    ]
+    return [(device, op, *_choice(op, device)) for device in devices for op in ops.ALL]
 
 
 def _choice(op: str, device: str) -> tuple[str, str]:

@@ -27,9 +27,11 @@ from .checks import INTEGERS, describe
 from .reference.step import Scalar
 
 STEPS = ("linf_step", "l2_step", "l1_step")
+UPDATES = ("apgd_step", "momentum_step")
 STARTS = ("linf_start",)
 WEIGHTS = ("weight_sums", "perturb")
 LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted", "kl", "se")
+ALL = (*STEPS, *UPDATES, *STARTS, *WEIGHTS, *LOSSES)
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
 
@@ -84,6 +86,11 @@ def _reference(op: str) -> Implementation:
     def step(out: Tensor, *args: Any) -> None:
         out.copy_(function(*args))
 
+    def update(*args: Any) -> None:
+        values = function(*args)
+        for t, value in reversed(list(zip(args, values, strict=False))):  # adv last: what is remembered may be what it was
+            t.copy_(value)
+
     def loss(loss: Tensor, grad: Tensor, logits: Tensor, *, y: Tensor, target: Tensor | None = None) -> None:
         labels = [t if t.is_floating_point() else t.long() for t in (y, target) if t is not None]
         value, dlogits = function(logits, *labels)
@@ -109,6 +116,8 @@ def _reference(op: str) -> Implementation:
 
     if op in WEIGHTS:
         return weight_sums if op == "weight_sums" else perturb
+    if op in UPDATES:
+        return update
     return divergence if op in ("kl", "se") else loss if op in LOSSES else step
 
 
@@ -290,6 +299,99 @@ def _step(
     return out
 
 
+def apgd_step_(
+    adv: Tensor,
+    old: Tensor,
+    best: Tensor,
+    best_grad: Tensor,
+    image: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    momentum: Scalar,
+    eps: Scalar,
+    lo: float,
+    hi: float,
+    better: Tensor,
+    taken: Tensor,
+) -> Tensor:
+    """Auto-PGD's move in the linf ball with its bookkeeping (Croce and Hein, 2020), in place, in one pass.
+
+    For each sample, in this order:
+
+    1. where ``better``: ``best = adv`` and ``best_grad = grad``; where ``taken``: ``image = adv``;
+    2. ``z`` is the :func:`linf_step` of adv; adv moves by ``momentum (z - adv) + (1 - momentum) (adv - old)``, is projected
+       as there, and ``old`` becomes what adv was.
+
+    Args:
+        adv: [N, ...], floating; modified and returned. Not differentiable.
+        old: like adv, the same dtype: the images before the last move; modified.
+        best: likewise, the image to which the attack would return; ``best_grad``, like grad, its gradient; both modified.
+        image: likewise, the image to give back; modified. All these are different tensors.
+        grad: like adv, any floating dtype. A NaN element moves nothing.
+        x: like adv, the same dtype.
+        alpha, eps, lo, hi: as :func:`linf_step_`.
+        momentum: weight of the step against the last move's, float or [N]; 1 is plain PGD.
+        better, taken: bool [N]. Where False, best, best_grad and image are not touched.
+
+    Memory as :func:`linf_step_`: all backends give the same bits.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or eps is a negative float.
+    """
+    op = "apgd_step"
+    _check_step(op, None, adv, grad, x, alpha, eps)
+    _check_like(op, "adv", adv, old=old, best=best, image=image)
+    _check_like(op, "grad", grad, best_grad=best_grad)
+    _check_per_sample(op, adv, momentum=momentum)
+    for name, flag in (("better", better), ("taken", taken)):
+        if flag.shape != adv.shape[:1] or flag.dtype != torch.bool or flag.device != adv.device:
+            raise ValueError(f"{op}: {name} must be bool [{len(adv)}] on {adv.device}; got {describe(flag)}")
+    return _update(op, (adv, old, best, best_grad, image), (grad, x), (alpha, momentum, eps), lo, hi, better, taken)
+
+
+def momentum_step_(
+    adv: Tensor,
+    velocity: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    decay: Scalar,
+    eps: Scalar,
+    lo: float = -math.inf,
+    hi: float = math.inf,
+) -> Tensor:
+    """MI-FGSM's step, in place: ``velocity = decay velocity + grad/|grad|_1``, then the :func:`linf_step_` along velocity.
+
+    Args:
+        adv: [N, ...], floating; modified and returned. Not differentiable.
+        velocity: like adv, the same dtype; modified. The step is along its values as they are kept.
+        grad: like adv, any floating dtype. A sample whose gradient is zero or not finite adds nothing to its velocity.
+        decay: factor of the velocity, float or [N] (Dong et al., 2018: 1).
+        x, alpha, eps, lo, hi, and errors: as :func:`linf_step_`.
+    """
+    op = "momentum_step"
+    _check_step(op, None, adv, grad, x, alpha, eps)
+    _check_like(op, "adv", adv, velocity=velocity)
+    _check_per_sample(op, adv, decay=decay)
+    return _update(op, (adv, velocity), (grad, x), (alpha, decay, eps), lo, hi)
+
+
+def _update(op: str, written: Tensors, read: Tensors, scalars: Sequence[Scalar], *rest: Any) -> Tensor:
+    """A step that writes several tensors, of which the first is adv; returns that."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in written):
+        raise ValueError(f"{op}_: what it writes requires grad, and it is not differentiable; wrap it in torch.no_grad()")
+    if _through_dispatcher(written[0]):
+        values = (0.0 if isinstance(v, Tensor) else v for v in scalars)
+        tensors = (v if isinstance(v, Tensor) else None for v in scalars)
+        getattr(torch.ops.fastadv, f"{op}_")(*written, *read, *values, *rest, *tensors)
+    else:
+        _implementation_for(op, written[0])(*written, *read, *scalars, *rest)
+        for t in written:
+            _written(t)
+    return written[0]
+
+
 def _check_step(op: str, out: Tensor | None, adv: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, eps: Scalar) -> None:
     shape = adv.shape
     if grad.shape != shape or x.shape != shape or not shape:
@@ -302,11 +404,21 @@ def _check_step(op: str, out: Tensor | None, adv: Tensor, grad: Tensor, x: Tenso
         raise ValueError(f"{op}: adv, grad and x must be on one device; got {adv.device}, {grad.device}, {x.device}")
     if out is not None and out is not adv and (out.shape != adv.shape or out.dtype != adv.dtype or out.device != adv.device):
         raise ValueError(f"{op}: out must be like adv ({describe(adv)}); got {describe(out)}")
-    for name, value in (("alpha", alpha), ("eps", eps)):
-        if isinstance(value, Tensor) and value.shape not in ((), shape[:1]):
-            raise ValueError(f"{op}: {name} must be a float or have shape [{shape[0]}]; got {list(value.shape)}")
+    _check_per_sample(op, adv, alpha=alpha, eps=eps)
     if not isinstance(eps, Tensor) and not eps >= 0:
         raise ValueError(f"{op}: eps must be >= 0; got {eps}")
+
+
+def _check_per_sample(op: str, adv: Tensor, **scalars: Scalar) -> None:
+    for name, value in scalars.items():
+        if isinstance(value, Tensor) and value.shape not in ((), adv.shape[:1]):
+            raise ValueError(f"{op}: {name} must be a float or have shape [{len(adv)}]; got {list(value.shape)}")
+
+
+def _check_like(op: str, name: str, model: Tensor, **others: Tensor) -> None:
+    for other, t in others.items():
+        if t.shape != model.shape or t.dtype != model.dtype or t.device != model.device:
+            raise ValueError(f"{op}: {other} must be like {name} ({describe(model)}); got {describe(t)}")
 
 
 def linf_start(
@@ -624,6 +736,18 @@ def _register_step(op: str, extra: str = "") -> None:
     )
 
 
+def _register_update(op: str, tensors: str, scalars: Sequence[str], rest: str) -> None:
+    first, count = tensors.count("Tensor"), len(scalars)
+
+    def kernel(*args: Any) -> None:
+        values, instead = args[first : first + count], args[-count:]
+        chosen = (value if t is None else t for value, t in zip(values, instead, strict=True))
+        _implementation_for(op, args[0])(*args[:first], *chosen, *args[first + count : -count])
+
+    floats, optional = (", ".join(form.format(name) for name in scalars) for form in ("float {}", "Tensor? {}_of"))
+    _register(f"{op}_({tensors}, {floats}, {rest}, {optional}) -> ()", kernel, lambda *args: None)
+
+
 def _register_start(op: str) -> None:
     def kernel(x: Tensor, eps: float, lo: float, hi: float, seed: int, radii: Tensor | None) -> Tensor:
         out = torch.empty_like(x)
@@ -706,6 +830,18 @@ def _first_derivative_only(op: str) -> None:
 _register_step("linf_step")
 _register_step("l2_step")
 _register_step("l1_step", "float fraction, ")
+_register_update(
+    "apgd_step",
+    "Tensor(a!) adv, Tensor(b!) old, Tensor(c!) best, Tensor(d!) best_grad, Tensor(e!) image, Tensor grad, Tensor x",
+    ("alpha", "momentum", "eps"),
+    "float lo, float hi, Tensor better, Tensor taken",
+)
+_register_update(
+    "momentum_step",
+    "Tensor(a!) adv, Tensor(b!) velocity, Tensor grad, Tensor x",
+    ("alpha", "decay", "eps"),
+    "float lo, float hi",
+)
 _register_start("linf_start")
 _register_weights()
 for _op in ("ce", "log_odds", "margin", "dlr"):

@@ -1,9 +1,9 @@
 """Attack steps with their projections.
 
 Every function takes the current adversarial batch ``adv``, the gradient ``grad`` to ascend and the clean batch ``x``, all
-``[N, ...]``, and returns the next batch; nothing is modified. ``alpha`` (step size; negative descends) and ``eps`` (radius)
-are floats or per-sample tensors ``[N]``; ``lo`` and ``hi`` bound every element. Arithmetic is fp32 (fp64 for fp64), the
-result has the dtype of ``adv``.
+``[N, ...]``, and returns the next batch, followed by what else has changed; nothing is modified. ``alpha`` (step
+size; negative descends) and ``eps`` (radius) are floats or per-sample tensors ``[N]``; ``lo`` and ``hi`` bound every element.
+Arithmetic is fp32 (fp64 for fp64), the result has the dtype of ``adv``.
 """
 
 from __future__ import annotations
@@ -48,10 +48,70 @@ def linf_step(
 ) -> Tensor:
     """``clamp(adv + alpha sign(grad), x - eps, x + eps)``, then the box; sign(NaN) is 0 (Madry et al., 2018)."""
     a, g, c = arithmetic(adv), arithmetic(grad), arithmetic(x)
-    alpha, eps = per_sample(alpha, a), per_sample(eps, a)
     direction = g.sign().nan_to_num_(0.0).to(a.dtype)
-    moved = (a + alpha * direction).clamp(c - eps, c + eps)
-    return moved.clamp(lo, hi).to(adv.dtype)
+    return project_linf(a + per_sample(alpha, a) * direction, c, eps, lo, hi).to(adv.dtype)
+
+
+def project_linf(moved: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float) -> Tensor:
+    """``moved`` in the ball around x, then in the box."""
+    eps = per_sample(eps, x)
+    return moved.clamp(x - eps, x + eps).clamp(lo, hi)
+
+
+def apgd_step(
+    adv: Tensor,
+    old: Tensor,
+    best: Tensor,
+    best_grad: Tensor,
+    image: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    momentum: Scalar,
+    eps: Scalar,
+    lo: float,
+    hi: float,
+    better: Tensor,
+    taken: Tensor,
+) -> tuple[Tensor, ...]:
+    """Auto-PGD's move in the linf ball (Croce and Hein, 2020), and what it remembers; new adv, old, best, best_grad, image.
+
+    With z the :func:`linf_step`, ``adv + momentum (z - adv) + (1 - momentum) (adv - old)``, projected as that is; old becomes
+    adv. Before, adv with its gradient becomes best where ``better`` [N], and image where ``taken`` [N]. Products and sums
+    are rounded one by one, from left to right: never fused.
+    """
+    a, o, c = arithmetic(adv), arithmetic(old), arithmetic(x)
+    better, taken = (flag.reshape(-1, *[1] * (adv.dim() - 1)) for flag in (better, taken))
+    inertia = 1 - (momentum.double() if isinstance(momentum, Tensor) else momentum)
+    z = linf_step(a, grad, c, alpha, eps, lo, hi)
+    moved = a + per_sample(momentum, a) * (z - a) + per_sample(inertia, a) * (a - o)
+    moved = project_linf(moved, c, eps, lo, hi).to(adv.dtype)
+    best, best_grad = torch.where(better, adv, best), torch.where(better, grad, best_grad)
+    return moved, adv, best, best_grad, torch.where(taken, adv, image)
+
+
+def momentum_step(
+    adv: Tensor,
+    velocity: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    decay: Scalar,
+    eps: Scalar,
+    lo: float = -math.inf,
+    hi: float = math.inf,
+) -> tuple[Tensor, Tensor]:
+    """``velocity <- decay velocity + grad/|grad|_1`` per sample, then the :func:`linf_step` along it; new adv and velocity.
+
+    The step of MI-FGSM (Dong et al., "Boosting adversarial attacks with momentum", 2018). A sample whose gradient is zero or
+    not finite adds nothing to its velocity.
+    """
+    v, g = arithmetic(velocity), arithmetic(grad).double()
+    size = rows(g).abs().sum(1)
+    adds = (size > 0) & size.isfinite()
+    unit = torch.where(adds[:, None], rows(g) / size[:, None], 0.0).reshape(adv.shape).to(v.dtype)
+    velocity = (per_sample(decay, v) * v + unit).to(velocity.dtype)
+    return linf_step(adv, velocity, x, alpha, eps, lo, hi), velocity
 
 
 def linf_start(x: Tensor, eps: Scalar, lo: float = -math.inf, hi: float = math.inf, seed: int = 0) -> Tensor:
