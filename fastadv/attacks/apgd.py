@@ -131,7 +131,7 @@ class APGD(Attack):
         forwards = loop.begin(batch.model, share=None if self.multi_eps else L1_SHARE)
         more, _ = drive(self._engine, loop, batch.model, steps - 1, early_stop, early_stop, _checkpoints(self.norm, steps))
         batch.forwards += forwards + more
-        batch.queries += loop.queries
+        batch.queries += 1 + loop.queries
         return loop
 
 

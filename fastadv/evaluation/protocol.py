@@ -107,7 +107,10 @@ class Evaluation:
     def __str__(self) -> str:
         title = f"{self.settings['norm']} eps {self.settings['eps']:g}, {len(self.labels)} samples, {self.settings['version']}"
         lines = [title, f"{'clean':<10} {self.clean_accuracy:8.2%}"]
-        lines += [f"{row.attack:<10} {row.robust_accuracy:8.2%}  {row.broken} of {row.tried} broken, {row.seconds:.1f} s" for row in self.rows]
+        lines += [
+            f"{row.attack:<10} {row.robust_accuracy:8.2%}  {row.broken} of {row.tried} broken, {row.seconds:.1f} s"
+            for row in self.rows
+        ]
         lines += [f"ALARM {alarm.name}: {alarm.advice}" for alarm in self.alarms if alarm.rings]
         return "\n".join(lines)
 
@@ -181,6 +184,8 @@ def evaluate(
     settings |= {"attacks": header["attacks"], "engine": engine, "precision": precision, "fastadv": __version__}
 
     protocol = _Protocol(judge, x, y, eps, norm, lo, hi, batch_size, device, Records(resume, header), progress)
+    if _distributed():
+        dist.barrier()  # all have read what is on record before one adds to it
     with _exactly():
         protocol.run("clean", None)
         for attack_name, attack in attacks.items():
@@ -188,7 +193,7 @@ def evaluate(
         found = protocol.evaluation(settings, keep_images)
         if alarms:
             few = torch.arange(min(len(x), 256))
-            checked = dict(bounds=bounds, seed=seed, surrogate=surrogate, batch_size=batch_size)
+            checked = {"bounds": bounds, "seed": seed, "surrogate": surrogate, "batch_size": batch_size}
             found.alarms = sanity_checks(judge, x[few].to(device), y[few].to(device), eps, norm, **checked)
             if "square" in attacks and any(a in attacks for a in WHITE_BOX):
                 before, after = protocol.around("square")
@@ -228,7 +233,10 @@ def _attacks(
         if isinstance(one, str):
             checks.one_of("version", one, known)
             build, settings = known[one]
-            attack, name = build(model, eps, norm=norm, bounds=bounds, seed=(seed + number) % 2**63, **settings, **execution), one
+            attack, name = (
+                build(model, eps, norm=norm, bounds=bounds, seed=(seed + number) % 2**63, **settings, **execution),
+                one,
+            )
         elif isinstance(one, Attack):
             attack, name = one, type(one).__name__.lower()
         else:
