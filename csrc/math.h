@@ -6,12 +6,14 @@
 // Two rules keep all backends equal:
 //   * sign and clamp are comparisons, never fmin/fmax: a NaN gradient has sign 0 and moves nothing, and a NaN value stays
 //     NaN through a clamp, as in torch.
-//   * alpha * sign(g) is exact, so the linf step rounds the same with or without fused multiply-add: bit-identical.
+//   * alpha * sign(g) is exact, so the linf step rounds the same with or without fused multiply-add: bit-identical. Where a
+//     product is not exact and bits matter, product() is never fused.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define FASTADV_FN __host__ __device__ __forceinline__
@@ -44,6 +46,18 @@ FASTADV_FN T larger(T a, T b) {
 template <class T>
 FASTADV_FN T smaller(T a, T b) {
   return b < a ? b : a;
+}
+
+// a * b, rounded before anything is added to it. Compilers like to fuse the two, and not all do; not across a comparison, though.
+template <class T>
+FASTADV_FN T product(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(float)) return __fmul_rn(a, b);
+  else return __dmul_rn(a, b);
+#else
+  const T p = a * b;
+  return p == p ? p : std::numeric_limits<T>::quiet_NaN();
+#endif
 }
 
 template <class To, class From>
@@ -123,8 +137,35 @@ FASTADV_FN double log_(double x) { return ::log(x); }
 template <class T>
 struct LinfStep {
   T alpha, eps, lo, hi;
-  FASTADV_FN T operator()(T adv, T g, T x) const {
-    return clamp(clamp(adv + alpha * sign(g), x - eps, x + eps), lo, hi);
+  FASTADV_FN T project(T moved, T x) const { return clamp(clamp(moved, x - eps, x + eps), lo, hi); }
+  FASTADV_FN T operator()(T adv, T g, T x) const { return project(adv + alpha * sign(g), x); }
+};
+
+// Auto-PGD's move: towards the linf step z, and on in the direction of the last move, from `old`; projected.
+template <class T>
+struct ApgdStep {
+  LinfStep<T> step;
+  T momentum, inertia;  // inertia = 1 - momentum
+  FASTADV_FN T operator()(T adv, T old, T g, T x) const {
+    const T z = step(adv, g, x);
+    return step.project(adv + product(momentum, z - adv) + product(inertia, adv - old), x);
+  }
+};
+
+// velocity <- decay velocity + g/|g|_1, of one sample; MI-FGSM steps along it.
+template <class T>
+struct Velocity {
+  T decay, share, unit;  // share is that of g * unit; unit is the power of two that keeps it a normal float
+
+  static FASTADV_FN Velocity from_sum(double sum, double decay) {
+    const bool adds = sum > 0.0 && sum < HUGE_VAL;  // a zero or NaN gradient does not
+    const double far = 18446744073709551616.0;      // 2^64
+    const double unit = sum * far < 1.0 ? far : sum > far ? 1.0 / far : 1.0;
+    return {T(decay), adds ? T(1.0 / (sum * unit)) : T(0), T(unit)};
+  }
+  FASTADV_FN T operator()(T velocity, T g) const {
+    const T added = share == T(0) ? T(0) : product(share, g * unit);  // 0 * NaN would be NaN
+    return product(decay, velocity) + added;
   }
 };
 

@@ -120,6 +120,56 @@ def _step(
         out.copy_(target)
 
 
+def apgd_step(
+    adv: Tensor,
+    old: Tensor,
+    best: Tensor,
+    best_grad: Tensor,
+    image: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    momentum: Scalar,
+    eps: Scalar,
+    lo: float,
+    hi: float,
+    better: Tensor,
+    taken: Tensor,
+) -> None:
+    _, *memory = alike(adv, adv, old, best, _readable(best_grad, adv), image, _readable(grad, adv), x)
+    flags = better.contiguous(), taken.contiguous()
+    _launch_momentum("apgd_step", memory, memory[-2], (alpha, momentum, eps), lo, hi, *flags)
+    copy_back((adv, old, best, best_grad, image), memory[:5])
+
+
+def momentum_step(
+    adv: Tensor,
+    velocity: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    decay: Scalar,
+    eps: Scalar,
+    lo: float,
+    hi: float,
+) -> None:
+    _, *memory = alike(adv, adv, velocity, _readable(grad, adv), x)
+    sums = adv.new_empty(len(adv) * _C.launches.sum_chunks, dtype=torch.float64) if _on_gpu(adv) else None
+    _launch_momentum("momentum_step", memory, memory[-2], (alpha, decay, eps), lo, hi, sums)
+    copy_back((adv, velocity), memory[:2])
+
+
+def _launch_momentum(
+    name: str, memory: list[Tensor], grad: Tensor, scalars: tuple[Scalar, ...], lo: float, hi: float, *more: Tensor | None
+) -> None:
+    adv, samples = memory[0], len(memory[0])
+    values, tensors = zip(*(float64_per_sample(value, adv) for value in scalars), strict=True)
+    _launch(
+        name, adv, *map(_address, memory), samples, adv.numel() // samples if samples else 0, _DTYPES[adv.dtype],
+        _DTYPES[grad.dtype], *values, lo, hi, *map(_address, tensors), *map(_address, more),
+    )  # fmt: skip
+
+
 def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int) -> None:
     target, x = alike(out, x)
     eps, radii = float64_per_sample(eps, x)
