@@ -2,5 +2,6 @@
 
 from .base import Attack, AttackInfo
 from .pgd import PGD, NaNGradientWarning, fgsm, pgd
+from .square import Square, square
 
-__all__ = ["PGD", "Attack", "AttackInfo", "NaNGradientWarning", "fgsm", "pgd"]
+__all__ = ["PGD", "Attack", "AttackInfo", "NaNGradientWarning", "Square", "fgsm", "pgd", "square"]
