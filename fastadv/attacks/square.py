@@ -12,22 +12,18 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..engine import Losses, Model, Passes, round_towards
+from ..engine import Model
 from ..reference.step import Scalar, per_sample
 from .base import Attack, Batch, as_function
-from .draws import Draws
-from .queries import Query
-from .search import bucket
+from .queries import Walk, growing, walk
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries: after these the windows' area halves
-CHUNK = 64  # queries prepared together, at most; between chunks those who are fooled leave the batch
 PREPARED = 2**20  # elements of windows prepared together, at most
 INSIDE = 1 - 1e-6  # of the l2 and l1 radius is used: sums over the image are rounded
 
@@ -83,77 +79,37 @@ class Square(Attack):
         return super()._check_sizes()
 
     def _attack(self, batch: Batch) -> Tensor:
-        x = batch.x.clone()  # dense, and what is made of it alike
-        # A tensor and not a number, as which an engine would keep it: one kind of inputs, not two.
-        eps = torch.as_tensor(batch.eps, dtype=torch.float64, device=x.device).expand(len(x)).clone()
         kind = {"linf": _Linf, "l2": _L2, "l1": _L1}[self.norm]
-        whole: _Walk = kind(
-            adv=x.clone(), x=x, y=batch.y, samples=batch.draws.samples, eps=eps,
-            score=x.new_full((len(x),), -math.inf), standing=torch.ones_like(batch.y, dtype=torch.bool), queries=batch.queries,
-            dtype=batch.dtype, lo=batch.lo, hi=batch.hi, targeted=batch.targeted, seed=self.seed,
-        )  # fmt: skip
-        part, rows = whole, None
-        for chunk in (range(-2, 0), *self._chunks()):
-            standing = int(part.standing.sum())
-            if not standing:
-                break
-            if (size := bucket(standing, len(whole.adv))) < len(part.adv):
-                # Those that stand, and as many others, which stay as they are, as fill a batch of a size that comes again.
-                whole.update(part, rows)
-                kept = (~part.standing).byte().argsort(stable=True)[:size]
-                part, rows = part.rows(kept), kept if rows is None else rows[kept]
-            part.passes = batch.passes
-            run = self._engine.run(part, batch.model, part=len(chunk) < CHUNK)
-            part, stood = run.loop, None if run.exact else run.loop.standing.clone()
-            for _ in part.begin() if chunk.start < 0 else part.search(chunk, self._share(chunk.start)):
-                run.step()
-            batch.forwards += len(chunk)
-            if stood is not None:
-                batch.forwards += part.confirm(stood, Passes(batch.model))
-        whole.update(part, rows)
+        whole: _Windows = kind.over(batch)
+
+        def trials(part: _Windows, chunk: range) -> Iterator[None]:
+            return part.begin() if chunk.start < 0 else part.search(chunk, self._share(chunk.start))
+
+        walk(self._engine, batch, whole, (range(-2, 0), *self._chunks()), trials)
         return whole.adv
 
     def _chunks(self) -> Iterator[range]:
-        """The queries by windows of one size; few at first, when many samples are fooled."""
-        start = 0
-        while start < self.queries:
-            stop = min(start + CHUNK, 2 * start + 1, self.queries)
-            while self._share(stop - 1) != self._share(start):
-                stop -= 1
-            yield range(start, stop)
-            start = stop
+        """The queries by windows of one size."""
+        for chunk in growing(self.queries):
+            start = chunk.start
+            for query in chunk[1:]:
+                if self._share(query) != self._share(start):
+                    yield range(start, query)
+                    start = query
+            yield range(start, chunk.stop)
 
     def _share(self, query: int) -> float:
         """Of the image, that the windows of this query cover."""
         return self.p_init / 2 ** bisect_left(HALVINGS, query * 10000 // self.queries)
 
 
-@dataclass(kw_only=True)
-class _Walk(Query):
-    """Best images of some samples so far, in place: a trial is written into ``adv`` and, where it is no better, taken back."""
+class _Windows(Walk):
+    """A trial is a window of another colour, which is taken back where it is no better."""
 
-    STATE: ClassVar[tuple[str, ...]] = ("adv", "x", "y", "samples", "eps", "score", "standing", "queries")
-    SCRATCH: ClassVar[tuple[str, ...]] = ("logits", "losses")
-    SETTINGS: ClassVar[tuple[str, ...]] = ("dtype", "lo", "hi", "targeted")
-    RESULTS: ClassVar[tuple[str, ...]] = ("adv", "score", "standing", "queries")
     ODD: ClassVar[bool] = True  # whether windows have odd sides of 3 pixels or more, which have a middle
 
-    x: Tensor
-    y: Tensor
-    samples: Tensor
-    eps: Tensor
-    score: Tensor  # [N], which is to rise
-    standing: Tensor  # [N], whether the model is not fooled yet
-    queries: Tensor
-    dtype: torch.dtype
-    lo: float
-    hi: float
-    targeted: bool
-    seed: int
-    losses: Losses | None = None
-
     def begin(self) -> Iterator[None]:
-        """Looks at the clean image, and then at the first one of the search. Each ``yield`` is for a step."""
+        """Looks at the clean image, and then at the first one of the search."""
         yield
         self.judged()
         self.score.fill_(-math.inf)
@@ -167,48 +123,6 @@ class _Walk(Query):
     def search(self, chunk: range, share: float) -> Iterator[None]:
         """Tries windows that cover this share of the image."""
         raise NotImplementedError
-
-    def judged(self) -> Tensor:
-        """Takes note of the last answer; returns for whom the present image is the best so far, [N]."""
-        self.queries += self.standing
-        score, fooled = self.scored(self.logits, self.y)
-        better = (fooled | (score > self.score)) & self.standing
-        self.score.copy_(torch.where(better, score, self.score))
-        self.standing.logical_and_(~fooled)
-        return better
-
-    def scored(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """What is to rise, and whether the model is fooled. A tie of two classes fools nobody, whatever argmax says."""
-        out = self.losses if self.losses is not None and self.losses[1].shape == logits.shape else None
-        if self.targeted:  # log((1 - p)/p), which falls where the cross-entropy does
-            self.losses = ops.log_odds(logits, y, out=out)
-            return -self.losses[0], logits.argmax(1) == y
-        self.losses = ops.margin(logits, y, out=out)
-        return self.losses[0], self.losses[0] > 0
-
-    def confirm(self, stood: Tensor, passes: Passes) -> int:
-        """Asks the model itself about those who fooled the loop's passes since ``stood``; returns the forwards it took."""
-        fell = (stood & ~self.standing).nonzero()[:, 0]
-        if not len(fell):
-            return 0
-        score, fooled = self.scored(passes.logits(self.inputs()[fell]), self.y[fell])
-        self.queries[fell] += 1
-        self.standing[fell] = ~fooled
-        self.score[fell] = score.to(self.score.dtype)
-        return 1
-
-    def update(self, part: _Walk, rows: Tensor | None) -> None:
-        """Takes over what has become of these samples (all: None)."""
-        for name in self.RESULTS if part is not self else ():
-            getattr(self, name)[slice(None) if rows is None else rows] = getattr(part, name)
-
-    def inputs(self) -> Tensor:
-        if self.adv.dtype == self.dtype:
-            return self.adv
-        farthest = per_sample(self.eps, self.adv, torch.float64) if isinstance(self, _Linf) else math.inf
-        return round_towards(self.x.to(self.dtype), self.adv, farthest)
-
-    # ------------------------------------------------------------------------------------------------------- windows
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -231,7 +145,7 @@ class _Walk(Query):
 
     def draw(self, step: int, *shape: int) -> Tensor:
         """Uniform numbers [N, *shape], in fp64: a product with a size is below that size."""
-        return Draws(self.seed, self.samples).uniform(step, *shape, dtype=torch.float64)
+        return self.drawing().uniform(step, *shape, dtype=torch.float64)
 
     def pieces(self, chunk: range, numbers: int, elements: int) -> Iterator[Tensor]:
         """What the queries of the chunk draw, [Q, N, numbers], so many together as may write ``elements`` each."""
@@ -256,7 +170,7 @@ def _flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
-class _Linf(_Walk):
+class _Linf(_Windows):
     """Each channel of a window goes to one of the two ends of the ball."""
 
     ODD: ClassVar[bool] = False
@@ -285,7 +199,7 @@ class _Linf(_Walk):
         return torch.where(u < 0.5, -1.0, 1.0).to(self.x.dtype)
 
 
-class _L2(_Walk):
+class _L2(_Windows):
     """A window takes over what another one had of the radius, and what nobody uses, and gets a bump of its own."""
 
     STEEPNESS: ClassVar[float] = 2.0  # of the bumps
