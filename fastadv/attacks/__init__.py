@@ -3,5 +3,19 @@
 from .apgd import APGD, APGDT, apgd, apgdt
 from .base import Attack, AttackInfo
 from .pgd import PGD, NaNGradientWarning, fgsm, pgd
+from .square import Square, square
 
-__all__ = ["APGD", "APGDT", "PGD", "Attack", "AttackInfo", "NaNGradientWarning", "apgd", "apgdt", "fgsm", "pgd"]
+__all__ = [
+    "APGD",
+    "APGDT",
+    "PGD",
+    "Attack",
+    "AttackInfo",
+    "NaNGradientWarning",
+    "Square",
+    "apgd",
+    "apgdt",
+    "fgsm",
+    "pgd",
+    "square",
+]

@@ -117,9 +117,10 @@ class Passes:
 
 
 class CompiledPasses(Passes):
-    """Forward pass, loss and input gradient as one compiled graph, for one shape of inputs.
+    """Forward pass, loss and input gradient as one compiled graph, for one shape of inputs; the forward alone as another.
 
-    ``torch.func.vjp`` and not ``torch.autograd.grad``, which torch.compile cannot see through.
+    Each is compiled when it is first asked for. ``torch.func.vjp`` and not ``torch.autograd.grad``, which torch.compile
+    cannot see through.
     """
 
     def __init__(self, eager: Passes) -> None:
@@ -133,12 +134,24 @@ class CompiledPasses(Passes):
             (gradient,) = pullback(self.cotangent(losses[1]))
             return logits, losses, gradient
 
-        # torch counts recompilations by code object, and stops at eight: each model and shape gets one of its own.
-        own = types.FunctionType(whole.__code__.replace(), globals(), whole.__name__, None, whole.__closure__)
-        self._whole: Callable[..., tuple[Tensor, Losses, Tensor]] = torch.compile(own, dynamic=False, fullgraph=True)
+        def forward(inputs: Tensor) -> Tensor:
+            return self.widened(self.answer(inputs))
+
+        self._whole: Callable[..., tuple[Tensor, Losses, Tensor]] = _compiled(whole)
+        self._forward: Callable[[Tensor], Tensor] = _compiled(forward)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        with mark("model forward, compiled"), torch.no_grad():
+            return self._forward(inputs.detach())
 
     def gradient(
         self, inputs: Tensor, loss: Loss, y: Tensor | None, reference: Tensor | None, out: Losses | None = None
     ) -> tuple[Tensor, Losses, Tensor]:
         with mark("model forward and backward, compiled"), torch.no_grad():
             return self._whole(inputs.detach(), loss, y, reference)
+
+
+def _compiled(function: types.FunctionType) -> Any:
+    """torch counts recompilations by code object, and stops at eight: each model and shape gets one of its own."""
+    own = types.FunctionType(function.__code__.replace(), globals(), function.__name__, None, function.__closure__)
+    return torch.compile(own, dynamic=False, fullgraph=True)
