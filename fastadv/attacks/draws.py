@@ -37,13 +37,13 @@ class Draws:
         """The same samples' draws for another purpose."""
         return Draws(self.seed, self.samples, stream)
 
-    def uniform(self, step: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, *shape], uniform in [0, 1) with 24 bits."""
+    def uniform(self, step: int | Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, *shape], uniform in [0, 1) with 24 bits. ``step`` may be counted on the device, in a tensor []."""
         size = math.prod(shape)
         counter = torch.arange((size + 3) // 4, device=self.samples.device).expand(len(self), -1)
         sample = self.samples[:, None].expand_as(counter)
         key = self.seed ^ (self.stream * _GOLDEN & 2**64 - 1)
-        words = torch.stack(philox(key, counter, torch.full_like(counter, step), sample & _WORD, sample >> 32), -1)
+        words = torch.stack(philox(key, counter, torch.zeros_like(counter) + step, sample & _WORD, sample >> 32), -1)
         return ((words.flatten(1)[:, :size] >> 8).to(dtype) * 2.0**-24).view(len(self), *shape)
 
     def normal(self, step: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
