@@ -136,7 +136,7 @@ class Attack:
             batch.forwards += clean is not None
             with torch.no_grad():
                 adv = batch.inputs(self._attack(batch))
-                logits = Passes(model).logits(adv)
+                logits = Passes(model, check=passes.check).logits(adv)  # if this is the first of all
                 success = batch.fooled(logits)
             distance = norms(adv.to(centre.dtype) - centre, self.norm).masked_fill(~success, math.inf)
         self.info = self._told(AttackInfo(success, distance=distance, forwards=batch.forwards + 1, queries=batch.queries + 1))
