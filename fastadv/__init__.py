@@ -8,7 +8,23 @@ fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``f
 
 from . import attacks, functional, objectives, ops, reference
 from ._version import __version__
-from .attacks import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
+from .attacks import (
+    CW,
+    DDN,
+    FMN,
+    PGD,
+    PGD0,
+    AttackInfo,
+    DeepFool,
+    NaNGradientWarning,
+    cw,
+    ddn,
+    deepfool,
+    fgsm,
+    fmn,
+    pgd,
+    pgd0,
+)
 from .machine import tune_allocator
 from .normalize import Normalize
 from .objectives import *  # noqa: F403 - the training methods
@@ -18,19 +34,29 @@ from .weights import AWP, RWP
 
 __all__ = [
     "AWP",
+    "CW",
+    "DDN",
+    "FMN",
     "PGD",
+    "PGD0",
     "RWP",
     "AttackInfo",
+    "DeepFool",
     "NaNGradientWarning",
     "Normalize",
     "Profile",
     "__version__",
     "attacks",
+    "cw",
+    "ddn",
+    "deepfool",
     "fgsm",
+    "fmn",
     "functional",
     "objectives",
     "ops",
     "pgd",
+    "pgd0",
     "profile",
     "reference",
     "tune_allocator",

@@ -97,6 +97,7 @@ class Search(Loop):
                         getattr(self, name)[slice(None) if rows is None else rows] = found
 
 
+@torch.enable_grad()
 def drive(
     engine: Engine,
     loop: S,
