@@ -2,9 +2,13 @@
 
 from .apgd import APGD, APGDT, apgd, apgdt
 from .base import Attack, AttackInfo
+from .carlini_wagner import CW, cw
+from .deepfool import DeepFool, deepfool
 from .feature import FeatureAttack
+from .minimum_norm import DDN, FMN, ddn, fmn
 from .pgd import PGD, NaNGradientWarning, fgsm, pgd
 from .physical import RP2
+from .sparse import PGD0, pgd0
 from .square import Square, square
 from .transfer import Transfer
 from .wrappers import BPDA, EoT
@@ -13,10 +17,15 @@ __all__ = [
     "APGD",
     "APGDT",
     "BPDA",
+    "CW",
+    "DDN",
+    "FMN",
     "PGD",
+    "PGD0",
     "RP2",
     "Attack",
     "AttackInfo",
+    "DeepFool",
     "EoT",
     "FeatureAttack",
     "NaNGradientWarning",
@@ -24,7 +33,12 @@ __all__ = [
     "Transfer",
     "apgd",
     "apgdt",
+    "cw",
+    "ddn",
+    "deepfool",
     "fgsm",
+    "fmn",
     "pgd",
+    "pgd0",
     "square",
 ]
