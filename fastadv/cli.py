@@ -1,11 +1,16 @@
-"""The command line: ``fastadv demo`` and ``fastadv info``."""
+"""The command line: ``fastadv demo``, ``fastadv evaluate`` and ``fastadv info``."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 
+import torch
+
+from .engine import ENGINES
 from .machine import tune_allocator
 from .methods import METHODS
 
@@ -19,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--quick", action="store_true", help="a few batches only: does everything run?")
     demo.add_argument("--method", default="pgd-at", choices=METHODS, metavar="NAME", help=f"how to train: {', '.join(METHODS)}")
     demo.add_argument("--awp", type=float, default=0.0, metavar="GAMMA", help="perturb the weights too, by this much (0.005)")
+    _add_evaluate(commands.add_parser("evaluate", help="how robust a checkpoint is, by the attacks that publications use"))
     commands.add_parser("info", help="what was built, and which backend runs each op and why")
     chosen = parser.parse_args(arguments)
 
@@ -27,9 +33,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         tune_allocator()
         return run(chosen.out, chosen.quick, chosen.seed, chosen.method, chosen.awp)
+    if chosen.command == "evaluate":
+        return _evaluate(chosen, sys.argv[1:] if arguments is None else arguments)
     from .info import report
 
     print(report())
+    return 0
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a file of weights, or robustbench:NAME/DATASET/THREAT")
+    add("--data", required=True, metavar="FILE", help="digits (those of the demo), a .npz or .pt file of x in [0, 1] and y")
+    add("--model", metavar="MODULE:FUNCTION", help="what builds the network, where the checkpoint does not say")
+    add("--eps", required=True, type=_number, help="radius in units of x: 0.3, 8/255")
+    add("--norm", default="linf", choices=["linf", "l2", "l1"], help="(default: %(default)s)")
+    versions = "standard, plus, rand, quick, or attacks by name: apgd-ce,square (default: %(default)s)"
+    add("--version", default="standard", metavar="NAME", help=versions)
+    add("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    add("--samples", type=int, metavar="N", help="the first so many only")
+    add("--device", help="(default: a GPU where there is one)")
+    add("--seed", type=int, default=0, help="of the attacks (default: %(default)s)")
+    add("--out", default="fastadv-evaluation", metavar="DIR", help="of the page, and to go on from (default: %(default)s)")
+    add("--no-alarms", dest="alarms", action="store_false", help="do not look for signs of a flawed evaluation")
+    add("--engine", default="eager", choices=ENGINES, help="how attacks run the model (default: %(default)s)")
+
+
+def _number(text: str) -> float:
+    """8/255 is what papers write."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 8/255; got {text!r}") from None
+
+
+def _evaluate(chosen: argparse.Namespace, typed: Sequence[str]) -> int:
+    from .evaluation.command import run
+    from .evaluation.protocol import VERSIONS
+
+    version = chosen.version if chosen.version in VERSIONS else chosen.version.split(",")
+    settings = vars(chosen) | {"version": version, "command": shlex.join(["fastadv", *typed])}
+    tune_allocator()
+    try:
+        run(**settings)
+    except torch.OutOfMemoryError as error:
+        print(f"fastadv evaluate: {error}\nThe same command with a smaller --batch-size goes on from here.", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"fastadv evaluate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. What was found is in {chosen.out}: the same command goes on from there.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+import shlex
 import statistics
 import sys
 import textwrap
@@ -31,7 +32,7 @@ from .attacks import PGD, fgsm
 from .files import replacing
 from .methods import METHODS, Method
 from .objectives import GKL, Consistency, FreeAT, Objective, Output
-from .report import Report
+from .report import Report, chart, finished, new_figure
 from .weights import AWP
 
 if TYPE_CHECKING:
@@ -88,6 +89,18 @@ def small_cnn(seed: int = 0, head: Callable[[], nn.Module] | None = None) -> nn.
             nn.Linear(100, 10) if head is None else head(),
         )  # fmt: skip
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def build_network(method: str = "pgd-at", seed: int = 0) -> nn.Sequential:
+    """The network as a method (a name in :data:`fastadv.methods.METHODS`) trains it, with the method's own head."""
+    return small_cnn(seed, METHODS[method].head)
+
+
+def save(model: nn.Module, path: Path, method: str, seed: int) -> None:
+    """A checkpoint that ``fastadv evaluate`` loads by itself: the weights, what builds their network, and the data's split."""
+    checkpoint = {"model": "fastadv.demo:build_network", "arguments": {"method": method}, "seed": seed}
+    with replacing(path) as temporary:
+        torch.save(checkpoint | {"state_dict": model.state_dict()}, temporary)
 
 
 def shuffled_batches(x: Tensor, y: Tensor, generator: torch.Generator, views: int = 1) -> list[Batch]:
@@ -360,7 +373,7 @@ def run(
     """The demo from data to report; returns the exit status of the command.
 
     Args:
-        out: folder of report.html and of robust.pt, the weights of the robust network; made if missing.
+        out: folder of report.html and of standard.pt and robust.pt, the networks' checkpoints; made if missing.
         quick: a few digits and 2 epochs, to see that everything runs.
         seed: of the split of the data, the initialisation, the batches and the attacks.
         method: how the robust network is trained, a name in :data:`fastadv.methods.METHODS`.
@@ -386,18 +399,27 @@ def run(
     findings = Findings(seed, method, gamma)
     status = 0
     try:
-        experiment(findings, quick, path.with_name("robust.pt"))
+        experiment(findings, quick, path.parent)
         build_report(findings).write(path)
     except KeyboardInterrupt:  # a second one, from here on, ends the program; files are written whole or not at all
         print("\nInterrupted: writing the report of what there is. Ctrl-C again leaves without it.", flush=True)
         status = 130
         build_report(findings).write(path)
-    print(f"\n{summary(findings)}\n\n{'Report' if findings.complete else 'Partial report'}: {path}")
+    print(f"\n{summary(findings)}\n")
+    if findings.complete:
+        print(f"AutoAttack's verdict on it: {evaluation_command(path.parent, seed)}")
+    print(f"{'Report' if findings.complete else 'Partial report'}: {path}")
     return status
 
 
-def experiment(findings: Findings, quick: bool, weights: Path) -> None:
-    """Trains, times and attacks, entering into ``findings`` what comes out when it does; saves the robust weights."""
+def evaluation_command(folder: Path, seed: int) -> str:
+    """What attacks the robust network as publications do."""
+    data = f"digits:{seed}" if seed else "digits"
+    return shlex.join(["fastadv", "evaluate", str(folder / "robust.pt"), "--data", data, "--eps", str(EPS)])
+
+
+def experiment(findings: Findings, quick: bool, folder: Path) -> None:
+    """Trains, times and attacks, entering into ``findings`` what comes out when it does; saves the networks in ``folder``."""
     start = time.perf_counter()
     seed = findings.seed
     try:
@@ -406,16 +428,16 @@ def experiment(findings: Findings, quick: bool, weights: Path) -> None:
         if quick:
             digits = Digits(digits.x_train[:100], digits.y_train[:100], digits.x_test[:10], digits.y_test[:10])
         findings.test_digits = len(digits.y_test)
-        standard = findings.networks["standard"] = Network(small_cnn(seed))
+        standard = findings.networks["standard"] = Network(build_network("pgd-at", seed))
         train_standard(standard.model, digits, 2 if quick else 10, seed, standard.history)
+        save(standard.model, folder / "standard.pt", "pgd-at", seed)
         evaluate("standard", standard, digits, seed)
 
         method = METHODS[findings.method]
-        robust = findings.networks["robust"] = Network(small_cnn(seed, method.head))
+        robust = findings.networks["robust"] = Network(build_network(findings.method, seed))
         epochs = 2 if quick else 15
         train_robust(robust.model, digits, epochs, seed, robust.history, findings.rounds, method, findings.gamma)
-        with replacing(weights) as temporary:
-            torch.save(robust.model.state_dict(), temporary)
+        save(robust.model, folder / "robust.pt", findings.method, seed)
         evaluate("robust", robust, digits, seed)
         findings.complete = True
     finally:
@@ -548,6 +570,10 @@ def build_report(findings: Findings) -> Report:
             "Loss against epoch. "
             + " ".join(f"{name}: from {h[0].loss:.2f} to {h[-1].loss:.2f}." for name, h in histories.items()),
         )
+    if findings.complete:
+        report.heading("What stronger attacks find")
+        report.text("PGD alone is an upper bound. The attacks that publications use, and a page about them, beside this page:")
+        report.code(evaluation_command(Path(), findings.seed))
     if times := time_rows(findings.rounds):
         report.heading("Wall time")
         report.table(times[0], times[1:], f"{ROUNDS} ({len(findings.rounds)} rounds).")
@@ -623,32 +649,3 @@ def loss_figure(histories: dict[str, list[Epoch]]) -> Figure:
     for name, history in histories.items():
         axis.plot(range(1, len(history) + 1), [e.loss for e in history], color=COLOURS[name], label=name)
     return finished(figure, axis, percent=False)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Made directly and not by pyplot, which would choose a backend for the whole process."""
-    from matplotlib.figure import Figure
-
-    return Figure((width, height), layout="constrained")
-
-
-def chart(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = new_figure(4.8, 3.4)
-    axis = figure.subplots()
-    axis.set(xlabel=x_label, ylabel=y_label)
-    return figure, axis
-
-
-def finished(figure: Figure, axis: Axes, percent: bool) -> Figure:
-    """Scale, grid and legend, once all lines are drawn."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_ylim(*((-0.03, 1.03) if percent else (0, None)))
-    if percent:
-        axis.yaxis.set_major_formatter("{x:.0%}")
-    if axis.get_xlabel() == "epoch":
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    return figure

@@ -23,7 +23,9 @@ from .. import __version__, checks
 from ..attacks import APGD, APGDT, FAB, FABT, Attack, EoT, Square
 from ..attacks.base import norms
 from ..engine import Model, attacking, unwrap
-from .alarms import CHECKLIST, Alarm, sanity_checks, square_beats_white_box
+from ..machine import device_name
+from .alarms import sanity_checks, square_beats_white_box
+from .outcome import Evaluation, Row
 from .records import Record, Records, fingerprint, weights_of
 
 VERSIONS = {
@@ -49,70 +51,6 @@ def standard_attacks(version: str, norm: str) -> dict[str, tuple[Callable[..., A
         "fab-t": (FABT, {"targets": 9, "early_stop": True}),
         "square": (Square, {"queries": 5000}),
     }
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one attack has done.
-
-    Attributes:
-        tried: samples that had survived until then.
-        broken: of these.
-        rejected: images that the attack called adversarial and that are not: outside ball or box, NaN, or not fooling the model.
-        robust_accuracy: after it, in [0, 1].
-        queries: forward passes a sample, on average. ``seconds``: of all processes.
-    """
-
-    attack: str
-    tried: int
-    broken: int
-    rejected: int
-    robust_accuracy: float
-    queries: float
-    seconds: float
-
-
-@dataclass
-class Evaluation:
-    """The outcome of :func:`evaluate`.
-
-    Attributes:
-        clean_accuracy, robust_accuracy: in [0, 1].
-        rows: one an attack, in order.
-        broken_by: for each sample the attack that fooled the model first, "clean" where it is wrong by itself, or "".
-        labels, predicted: [N]; ``predicted`` of the adversarial images, of the clean ones where there is none.
-        distance: [N], of the adversarial images from the clean ones, in the norm; inf where there is none.
-        alarms: signs that the number is not to be trusted (:mod:`fastadv.evaluation.alarms`); ``checklist``: what no program sees.
-        settings: eps, norm, version and the like.
-        x_adv: [N, ...], adversarial images, clean ones where there is none; None unless asked for.
-    """
-
-    clean_accuracy: float
-    robust_accuracy: float
-    rows: list[Row]
-    broken_by: list[str]
-    labels: Tensor
-    predicted: Tensor
-    distance: Tensor
-    settings: dict[str, Any]
-    alarms: list[Alarm] = field(default_factory=list)
-    checklist: tuple[str, ...] = CHECKLIST
-    x_adv: Tensor | None = None
-
-    @property
-    def trusted(self) -> bool:
-        """Whether no alarm rings."""
-        return not any(alarm.rings for alarm in self.alarms)
-
-    def __str__(self) -> str:
-        title = f"{self.settings['norm']} eps {self.settings['eps']:g}, {len(self.labels)} samples, {self.settings['version']}"
-        lines = [title, f"{'clean':<10} {self.clean_accuracy:8.2%}"]
-        lines += [
-            f"{row.attack:<10} {row.robust_accuracy:8.2%}  {row.broken} of {row.tried} broken, {row.seconds:.1f} s"
-            for row in self.rows
-        ]
-        lines += [f"ALARM {alarm.name}: {alarm.advice}" for alarm in self.alarms if alarm.rings]
-        return "\n".join(lines)
 
 
 def evaluate(
@@ -182,6 +120,7 @@ def evaluate(
     name = version if isinstance(version, str) else "custom"
     settings = {"eps": eps, "norm": norm, "version": name, "bounds": header["bounds"], "seed": seed, "samples": len(x)}
     settings |= {"attacks": header["attacks"], "engine": engine, "precision": precision, "fastadv": __version__}
+    settings["device"] = device_name(device)
 
     protocol = _Protocol(judge, x, y, eps, norm, lo, hi, batch_size, device, Records(resume, header), progress)
     if _distributed():
@@ -350,9 +289,10 @@ class _Protocol:
         return tqdm(total=samples, desc=title, unit="sample", disable=quiet, dynamic_ncols=True)
 
     def evaluation(self, settings: dict[str, Any], keep_images: bool) -> Evaluation:
+        x, x_adv = (self.x.cpu(), self.x_adv.cpu()) if keep_images else (None, None)
         return Evaluation(
             self._share(self.accuracy["clean"][1]), self._share(self.robust), self.rows, self.broken_by, self.y.cpu(),
-            self.predicted, self.distance, settings, x_adv=self.x_adv if keep_images else None,
+            self.predicted, self.distance, settings, x=x, x_adv=x_adv,
         )  # fmt: skip
 
 

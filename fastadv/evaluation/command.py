@@ -1,0 +1,295 @@
+"""``fastadv evaluate``: a checkpoint and a file of samples from the disk to a page."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import checks
+from .curves import robustness_curves
+from .outcome import Evaluation
+from .protocol import evaluate
+
+PREFIXES = ("module.", "model.", "_orig_mod.")  # of DataParallel, of models inside models, of torch.compile
+STATES = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
+OURS = "fastadv."  # a checkpoint may name a model of ours; other code runs only if the user names it
+ROBUSTBENCH = "robustbench:"
+NAMES = (("x", "y"), ("x_test", "y_test"))  # of images and labels in a file
+
+
+def run(
+    checkpoint: str,
+    data: str,
+    eps: float,
+    model: str | None = None,
+    norm: str = "linf",
+    version: str | Sequence[str] = "standard",
+    batch_size: int = 256,
+    device: str | None = None,
+    seed: int = 0,
+    out: str | Path = "fastadv-evaluation",
+    alarms: bool = True,
+    engine: str = "eager",
+    samples: int | None = None,
+    command: str | None = None,
+) -> Evaluation:
+    """Evaluates a checkpoint, prints what comes out and writes it into a folder.
+
+    Args:
+        checkpoint, model: as :func:`load_model`. data: as :func:`load_data`.
+        eps, norm, version, batch_size, seed, alarms, engine: as :func:`fastadv.evaluate`.
+        device: default: a GPU where there is one.
+        out: folder of the page; what has been found is kept in its subfolder "state", from which the same call goes on.
+        samples: only the first so many.
+        command: what the user typed, for the page.
+
+    Under torchrun the processes share the samples, and the first one writes.
+
+    Raises:
+        ValueError, OSError: something is not as described; the message says what.
+    """
+    x, y = load_data(data)
+    if samples is not None:
+        x, y = x[: checks.integer("samples", samples)], y[:samples]
+    network, split = load_model(checkpoint, model)
+    _check_split(data, split)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)  # an impossible one fails here and not after the attacks
+    with _processes() as rank:
+        chosen = _device(device)
+        network = network.to(chosen).eval()
+        _try(network, x[:1].to(chosen))
+        found = evaluate(
+            network, (x, y), eps, norm, version, batch_size=batch_size, seed=seed, resume=folder / "state", alarms=alarms,
+            keep_images=True, device=chosen, engine=engine,
+        )  # fmt: skip
+        if rank == 0:
+            found.curves = robustness_curves(network, x, y, eps, norm, seed=seed, batch_size=batch_size)
+            if command is not None:
+                found.settings["command"] = command
+            page = found.write(folder)
+            print(f"{found}\n\nReport: {page}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------ samples
+
+
+def load_data(name: str) -> tuple[Tensor, Tensor]:
+    """Images and labels.
+
+    Args:
+        name: "digits", the 1,000 test digits of ``fastadv demo``, or "digits:3", those of its seed 3; or a file: .npz with
+            arrays x and y (or x_test and y_test), .pt with a pair (x, y) or a dict of these names. Images are in [0, 1], or
+            uint8, which are divided by 255.
+    """
+    if name.split(":")[0] == "digits":
+        return _digits(name)
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"--data must be digits, a .npz or a .pt file; there is no file {name!r}")
+    read = {".npz": _npz, ".pt": _pt, ".pth": _pt}.get(path.suffix)
+    if read is None:
+        raise ValueError(f"--data must be digits, a .npz or a .pt file; got {name!r}")
+    x, y = read(path)
+    if x.dtype == torch.uint8:
+        x = x.float() / 255
+    elif x.dtype == torch.float64:
+        x = x.float()
+    return x, y.long() if not y.is_floating_point() else y
+
+
+def _digits(name: str) -> tuple[Tensor, Tensor]:
+    from ..demo import load_digits
+
+    try:
+        digits = load_digits(_split_of(name))
+    except ImportError as error:
+        raise ValueError(f"--data digits needs {error.name}; install it with: pip install 'fastadv[demo]'") from None
+    return digits.x_test, digits.y_test
+
+
+def _split_of(name: str) -> int:
+    """The seed in "digits" or "digits:SEED"."""
+    seed = name.partition(":")[2] or "0"
+    if not seed.isdecimal():
+        raise ValueError(f"--data digits:SEED must name the integer that fastadv demo had as --seed; got {name!r}")
+    return int(seed)
+
+
+def _check_split(data: str, seed: int | None) -> None:
+    """Digits that a network was trained on say nothing about it."""
+    if seed is not None and data.split(":")[0] == "digits" and _split_of(data) != seed:
+        raise ValueError(
+            f"the checkpoint was trained with seed {seed}, whose test digits are --data digits:{seed}; got {data!r}"
+        )
+
+
+def _npz(path: Path) -> tuple[Tensor, Tensor]:
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return _pair({name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].ndim}, path)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, TypeError) as error:
+        raise ValueError(f"{path} is not a .npz file of numbers: {error}") from None
+
+
+def _pt(path: Path) -> tuple[Tensor, Tensor]:
+    held = _load(path)
+    if isinstance(held, Mapping):
+        return _pair(held, path)
+    if isinstance(held, (tuple, list)) and len(held) == 2 and all(isinstance(t, Tensor) for t in held):
+        return held[0], held[1]
+    raise ValueError(f"{path} must hold a pair of tensors (x, y) or a dict of them; it holds {type(held).__name__}")
+
+
+def _pair(held: Mapping[str, Any], path: Path) -> tuple[Tensor, Tensor]:
+    for x, y in NAMES:
+        if isinstance(held.get(x), Tensor) and isinstance(held.get(y), Tensor):
+            return held[x], held[y]
+    raise ValueError(f"{path} must hold x and y (or x_test and y_test); it holds {', '.join(map(str, held)) or 'nothing'}")
+
+
+# -------------------------------------------------------------------------------------------------------------------- model
+
+
+def load_model(checkpoint: str, factory: str | None = None) -> tuple[nn.Module, int | None]:
+    """A network with its weights, and the seed that its checkpoint says its training data were split by, or None.
+
+    Args:
+        checkpoint: a file of a state_dict, plain or under "state_dict", "model_state_dict" or "model", with or without the
+            prefixes "module.", "model." and "_orig_mod."; nothing in it is executed. Or robustbench:NAME/DATASET/THREAT,
+            which the package robustbench loads.
+        factory: "module:function", which builds the network. Without it the checkpoint must name one of fastadv's:
+            ``{"model": "fastadv.demo:build_network", "arguments": {...}, "state_dict": ...}``.
+    """
+    if checkpoint.startswith(ROBUSTBENCH):
+        if factory is not None:
+            raise ValueError(f"--model has no meaning with {checkpoint!r}, which robustbench builds itself")
+        return _from_robustbench(checkpoint.removeprefix(ROBUSTBENCH)), None
+    if not Path(checkpoint).is_file():
+        raise ValueError(f"there is no checkpoint {checkpoint!r}")
+    held = _load(Path(checkpoint))
+    if not isinstance(held, Mapping):
+        raise ValueError(f"{checkpoint} must hold a state_dict; it holds {type(held).__name__}")
+    named, arguments = held.get("model"), {}
+    if factory is None:
+        if not isinstance(named, str):
+            raise ValueError(f"{checkpoint} does not say what network its weights are of: give --model module:function")
+        if not named.startswith(OURS):
+            raise ValueError(f"{checkpoint} asks for {named!r}, which is code; if you trust it, give --model {named}")
+        factory, arguments = named, held.get("arguments", {})
+    network = _built(factory, arguments)
+    state = next((held[key] for key in STATES if isinstance(held.get(key), Mapping)), held)
+    try:
+        network.load_state_dict(_renamed(state, network))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{checkpoint} does not fit {factory}: {error}") from None
+    seed = held.get("seed")
+    return network, seed if isinstance(seed, int) else None
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a file of tensors (torch.load with weights_only=True): {reason}") from None
+
+
+def _renamed(state: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
+    """The weights without what wrappers put before all of their names, unless the network's own begin with it."""
+    wanted, renamed = network.state_dict().keys(), dict(state)
+    while renamed.keys() != wanted:
+        prefix = next((p for p in PREFIXES if renamed and all(str(name).startswith(p) for name in renamed)), None)
+        if prefix is None:
+            break
+        renamed = {name.removeprefix(prefix): value for name, value in renamed.items()}
+    return renamed
+
+
+def _built(factory: str, arguments: Mapping[str, Any]) -> nn.Module:
+    module, _, function = factory.partition(":")
+    if not module or not function:
+        raise ValueError(f"--model must be module:function, as in fastadv.demo:small_cnn; got {factory!r}")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the user's own model.py
+    try:
+        build: Any = importlib.import_module(module)
+        for name in function.split("."):
+            build = getattr(build, name)
+        network = build(**arguments)
+    except Exception as error:
+        raise ValueError(f"{factory} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{factory} must return a torch.nn.Module; got {type(network).__name__}")
+    return network
+
+
+def _from_robustbench(name: str) -> nn.Module:
+    parts = name.split("/")
+    if len(parts) != 3 or not all(parts):
+        raise ValueError(
+            f"a model of RobustBench is robustbench:NAME/DATASET/THREAT, as in Standard/cifar10/Linf; got {name!r}"
+        )
+    try:
+        from robustbench.utils import load_model as load
+    except ImportError as error:
+        how = "pip install git+https://github.com/RobustBench/robustbench"
+        raise ValueError(f"robustbench:{name} needs the package robustbench ({error}): {how}") from None
+    try:
+        network: nn.Module = load(model_name=parts[0], dataset=parts[1], threat_model=parts[2])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"robustbench has no model {name}: {error}") from None
+    return network
+
+
+# ------------------------------------------------------------------------------------------------------------------- machine
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER; got {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: torch sees no GPU")
+        if device.index is None:  # one GPU for each process of torchrun
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[int]:
+    """The rank of this process, connected with the others that torchrun started; 0 where it is alone."""
+    if dist.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")  # what goes between them are records, from the CPU
+        try:
+            yield dist.get_rank()
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _try(network: nn.Module, sample: Tensor) -> None:
+    """One sample through the network, before hours of work."""
+    try:
+        with torch.no_grad():
+            network(sample)
+    except Exception as error:
+        given = checks.describe(sample)
+        raise ValueError(f"the network cannot be asked about these images, {given}: {type(error).__name__}: {error}") from error
