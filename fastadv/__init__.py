@@ -8,7 +8,7 @@ fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``f
 
 from . import attacks, functional, objectives, ops, reference
 from ._version import __version__
-from .attacks import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
+from .attacks import FAB, FABT, PGD, AttackInfo, NaNGradientWarning, fab, fabt, fgsm, pgd
 from .machine import tune_allocator
 from .normalize import Normalize
 from .objectives import *  # noqa: F403 - the training methods
@@ -18,6 +18,8 @@ from .weights import AWP, RWP
 
 __all__ = [
     "AWP",
+    "FAB",
+    "FABT",
     "PGD",
     "RWP",
     "AttackInfo",
@@ -26,6 +28,8 @@ __all__ = [
     "Profile",
     "__version__",
     "attacks",
+    "fab",
+    "fabt",
     "fgsm",
     "functional",
     "objectives",

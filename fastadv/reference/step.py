@@ -172,7 +172,7 @@ def project_l1_box(u: Tensor, eps: Scalar, low: Tensor, high: Tensor) -> Tensor:
 
 
 def linf_hyperplane(x: Tensor, w: Tensor, gap: Tensor, lo: float = -math.inf, hi: float = math.inf) -> Tensor:
-    """The least ``max |d_i|``: all elements that w has a say about move equally far, or to their wall (Croce and Hein, 2020)."""
+    """The least ``max |d_i|``: all elements with a say move equally far, or to their wall (Croce and Hein, 2020)."""
     ahead, pull, room, far = _towards(x, w, gap, lo, hi)
     return _moved(x, ahead, _stretched(pull, torch.ones_like(pull), room, far))
 
