@@ -85,6 +85,16 @@ void def_start(py::module_& m, const char* name) {
 }
 
 template <auto kernel>
+void def_hyperplane(py::module_& m, const char* name) {
+  m.def(name, [](uintptr_t out, uintptr_t x, uintptr_t w, uintptr_t gaps, int64_t points, int64_t planes, int64_t size,
+                 int dtype, int w_dtype, double lo, double hi, uintptr_t where) {
+    const HyperplaneArgs args{pointer<void>(out), pointer<void>(x), pointer<void>(w), pointer<double>(gaps), points, planes,
+                              size,               DType(dtype),     DType(w_dtype),   lo,                    hi};
+    call(kernel, args, where);
+  });
+}
+
+template <auto kernel>
 void def_loss(py::module_& m, const char* name) {
   m.def(name, [](uintptr_t loss, uintptr_t grad, uintptr_t grad_ref, uintptr_t logits, uintptr_t logits_ref,
                  uintptr_t labels, uintptr_t soft, uintptr_t targets, int64_t rows, int64_t classes, int dtype,
@@ -149,6 +159,9 @@ PYBIND11_MODULE(_C, m) {
   def_apgd<apgd_step_cpu>(m, "apgd_step");
   def_momentum<momentum_step_cpu>(m, "momentum_step");
   def_start<linf_start_cpu>(m, "linf_start");
+  def_hyperplane<linf_hyperplane_cpu>(m, "linf_hyperplane");
+  def_hyperplane<l2_hyperplane_cpu>(m, "l2_hyperplane");
+  def_hyperplane<l1_hyperplane_cpu>(m, "l1_hyperplane");
 
   def_loss<ce_cpu>(m, "ce");
   def_loss<log_odds_cpu>(m, "log_odds");

@@ -306,6 +306,91 @@ struct LinfStart {
   }
 };
 
+// The shortest move d of a point x with <w, d> = gap, inside the box [lo, hi] (Croce and Hein, 2020): each element moves
+// towards the plane by a distance that is one function of its pull |w| and of its room, the distance to the wall ahead.
+template <class T>
+struct Hyperplane {
+  T side, lo, hi;  // the sign of the gap
+
+  static FASTADV_FN Hyperplane to(double gap, double lo, double hi) {
+    return {gap - gap == 0.0 ? T(sign(gap)) : T(0), T(lo), T(hi)};  // a gap that is not finite moves nothing
+  }
+  FASTADV_FN T ahead(T w) const { return w - w == T(0) ? sign(w) * side : T(0); }  // nor does such a w
+  FASTADV_FN T pull(T w) const { return ahead(w) == T(0) ? T(0) : w < T(0) ? -w : w; }
+  FASTADV_FN T room(T w, T x) const {
+    const T up = x < hi ? hi - x : T(0), down = x > lo ? x - lo : T(0);
+    return ahead(w) > T(0) ? up : ahead(w) < T(0) ? down : T(0);
+  }
+};
+
+// In linf and l2 that distance is min(t speed, room), with speed 1 or |w|, for the one t at which <|w|, distance> = |gap|.
+template <class T, bool kLinf>
+struct HyperplaneStretch {
+  double t;
+  static FASTADV_FN double speed(T pull) { return kLinf ? 1.0 : double(pull); }
+  FASTADV_FN bool at_wall(T pull, T room) const { return !(double(room) > t * speed(pull)); }  // so is what 0 * inf says
+  FASTADV_FN T operator()(T pull, T room) const { return at_wall(pull, room) ? room : T(t * speed(pull)); }
+};
+
+// What the elements at their wall give to the product, and what the others give for each unit of t.
+struct HyperplaneReach {
+  double full, slope;
+};
+
+FASTADV_FN HyperplaneReach operator+(const HyperplaneReach& a, const HyperplaneReach& b) {
+  return {a.full + b.full, a.slope + b.slope};
+}
+
+// The product rises in t less and less, so Newton's steps from 0 never pass the root, and they end on its own linear piece:
+// a handful of passes over a row in cache, where sorting it would take a hundred. Infinite where every element is at its wall.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <class ReachAt>
+FASTADV_FN double hyperplane_stretch(double far, const ReachAt& reach_at) {
+  double t = 0.0;
+  for (int pass = 0; pass < 128; ++pass) {
+    const HyperplaneReach at = reach_at(t);
+    if (!(at.slope > 0.0)) return HUGE_VAL;
+    const double next = (far - at.full) / at.slope;
+    if (!(next > t)) break;
+    t = next;
+  }
+  return t;
+}
+
+// In l1 the elements of the largest |w| go to their wall, those of |w| = threshold a fraction of their way, the others nowhere.
+template <class T>
+struct HyperplaneFill {
+  T threshold;
+  double fraction, far;
+  // One element alone need not go farther than |gap| / |w|: with this even unbounded elements have an end.
+  FASTADV_FN double gain(T pull, T room) const { return smaller(double(pull) * double(room), far); }
+  FASTADV_FN T operator()(T pull, T room) const {
+    const double partly = pull > T(0) ? fraction * smaller(double(room), far / double(pull)) : 0.0;
+    return pull > threshold ? room : pull == threshold ? T(partly) : T(0);
+  }
+};
+
+// The largest threshold at which the elements with |w| >= threshold reach the plane, by bisection over the bits of a number,
+// which order positive numbers; total_at(threshold) is the sum of these elements' gains.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <class T, class Bits, class TotalAt>
+FASTADV_FN HyperplaneFill<T> hyperplane_fill(double far, T largest, const TotalAt& total_at) {
+  Bits low = 1, high = bit_cast<Bits>(largest) + 1;  // all elements that have a pull; none
+  double reached = total_at(bit_cast<T>(low)), above = 0.0;
+  if (reached < far) return {T(0), 0.0, far};  // to the walls
+  while (high - low > 1) {
+    const Bits middle = low + (high - low) / 2;
+    const double total = total_at(bit_cast<T>(middle));
+    (total < far ? high : low) = middle;
+    (total < far ? above : reached) = total;
+  }
+  return {bit_cast<T>(low), (far - above) / (reached - above), far};
+}
+
 // ---------------------------------------------------------------------------------------------------------- loss family
 // z: logits of one row, shifted so that their maximum is 0; e = exp(z), sum = sum_k e_k; p = e / sum.
 

@@ -82,6 +82,21 @@ void momentum_step_cpu(const MomentumArgs& args, int threads);
 // A uniform start in the linf ball: element e of sample i takes word e % 4 of the Philox counter (e / 4, i) under the seed.
 void linf_start_cpu(const StartArgs& args, int threads);
 
+// The shortest d with <w, d> = gap and lo <= x + d <= hi, in one norm; point i takes plane i % planes.
+struct HyperplaneArgs {
+  void* out;           // [points, size] of dtype: d
+  const void* x;       // [points, size] of dtype
+  const void* w;       // [planes, size] of w_dtype
+  const double* gaps;  // [points]
+  int64_t points, planes, size;
+  DType dtype, w_dtype;
+  double lo, hi;
+};
+
+void linf_hyperplane_cpu(const HyperplaneArgs& args, int threads);
+void l2_hyperplane_cpu(const HyperplaneArgs& args, int threads);
+void l1_hyperplane_cpu(const HyperplaneArgs& args, int threads);
+
 void linf_step_cuda(const StepArgs& args, void* stream);
 void l2_step_cuda(const StepArgs& args, void* stream);
 void l1_step_cuda(const StepArgs& args, void* stream);

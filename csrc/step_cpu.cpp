@@ -3,6 +3,7 @@
 //   linf  one pass: read adv, grad, x, write out (16 bytes per fp32 element); an eager chain moves 44 to 60.
 //   l2    per sample, one pass for three sums and one to apply them; a sample is still in cache for the second.
 //   start one pass: read x, write out; the random numbers are computed, not stored.
+//   hyperplane  per sample: its pulls and rooms once, then a few passes over these in cache for the one number that is sought.
 //   l1    per sample: select the largest gradients, move, then find the one number of the exact projection.
 //   apgd  one pass: read adv, old, grad, x, write adv, old (24 bytes); what is remembered is copied from a piece in cache.
 //   momentum  per sample, one pass over the gradient for its size and one to move.
@@ -15,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu.h"
@@ -164,6 +166,78 @@ void for_each_row(int64_t begin, int64_t end, int64_t size, const Body& body) {
   }
 }
 
+// One sample's pulls and rooms, which the passes to come read from cache.
+template <class S, class G, class T>
+FASTADV_MULTIVERSION void hyperplane_rooms(const S* x, const G* w, int64_t size, Hyperplane<T> plane, T* pull, T* room) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    pull[i] = plane.pull(T(load(w[i])));
+    room[i] = plane.room(T(load(w[i])), load(x[i]));
+  }
+}
+
+template <class T, bool kLinf>
+FASTADV_MULTIVERSION void hyperplane_reach(const T* pull, const T* room, int64_t size, HyperplaneStretch<T, kLinf> stretch,
+                                           HyperplaneReach& result) {
+  double full = 0, slope = 0;
+#pragma omp simd reduction(+ : full, slope)
+  for (int64_t i = 0; i < size; ++i) {
+    const double p = double(pull[i]);
+    const bool at_wall = stretch.at_wall(pull[i], room[i]);
+    full += at_wall ? p * double(room[i]) : 0.0;
+    slope += at_wall ? 0.0 : p * stretch.speed(pull[i]);
+  }
+  result = {full, slope};
+}
+
+template <class T>
+FASTADV_MULTIVERSION void hyperplane_total(const T* pull, const T* room, int64_t size, HyperplaneFill<T> fill, double& result) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < size; ++i) total += pull[i] >= fill.threshold ? fill.gain(pull[i], room[i]) : 0.0;
+  result = total;
+}
+
+template <class S, class G, class T, class F>
+FASTADV_MULTIVERSION void hyperplane_move(S* out, const G* w, const T* pull, const T* room, int64_t size, Hyperplane<T> plane,
+                                          F distance) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) store(out[i], plane.ahead(T(load(w[i]))) * distance(pull[i], room[i]));
+}
+
+// distance_of(far, pull, room) says how far the elements of a sample move, as a function of pull and room.
+template <class DistanceOf>
+void hyperplane(const HyperplaneArgs& args, int threads, const DistanceOf& distance_of) {
+  dispatch(args.dtype, args.w_dtype, [&](auto s, auto g) {
+    using S = decltype(s);
+    using T = arithmetic_t<S>;
+    const int64_t size = args.size;
+    parallel_chunks(args.points, rows_per_chunk(size), threads, [&](int64_t begin, int64_t end) {
+      std::vector<T> pull(size), room(size);
+      for (int64_t i = begin; i < end; ++i) {
+        S* out = static_cast<S*>(args.out) + i * size;
+        const auto* w = static_cast<const decltype(g)*>(args.w) + i % args.planes * size;
+        const auto plane = Hyperplane<T>::to(args.gaps[i], args.lo, args.hi);
+        hyperplane_rooms(static_cast<const S*>(args.x) + i * size, w, size, plane, pull.data(), room.data());
+        const double far = args.gaps[i] < 0.0 ? -args.gaps[i] : args.gaps[i];
+        hyperplane_move(out, w, pull.data(), room.data(), size, plane, distance_of(far, pull, room));
+      }
+    });
+  });
+}
+
+template <bool kLinf>
+void stretched_hyperplane(const HyperplaneArgs& args, int threads) {
+  hyperplane(args, threads, [](double far, const auto& pull, const auto& room) {
+    using Stretch = HyperplaneStretch<typename std::decay_t<decltype(pull)>::value_type, kLinf>;
+    return Stretch{hyperplane_stretch(far, [&](double t) {
+      HyperplaneReach at;
+      hyperplane_reach(pull.data(), room.data(), int64_t(pull.size()), Stretch{t}, at);
+      return at;
+    })};
+  });
+}
+
 template <class T>
 T largest_size(const T* u, int64_t size) {
   T largest = T(0);
@@ -289,6 +363,23 @@ void l1_step_cpu(const StepArgs& args, int threads) {
         const T shrink = l1_shrink<T>(args.eps_of(i), length_at, [&] { return largest_size(u.data(), size); });
         l1_project(u.data(), piece.x, piece.out, size, L1Project<T>{shrink, lo, hi});
       }
+    });
+  });
+}
+
+void linf_hyperplane_cpu(const HyperplaneArgs& args, int threads) { stretched_hyperplane<true>(args, threads); }
+
+void l2_hyperplane_cpu(const HyperplaneArgs& args, int threads) { stretched_hyperplane<false>(args, threads); }
+
+void l1_hyperplane_cpu(const HyperplaneArgs& args, int threads) {
+  hyperplane(args, threads, [](double far, const auto& pull, const auto& room) {
+    using T = typename std::decay_t<decltype(pull)>::value_type;
+    using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+    const int64_t size = int64_t(pull.size());
+    return hyperplane_fill<T, Bits>(far, largest_size(pull.data(), size), [&](T threshold) {
+      double total;
+      hyperplane_total(pull.data(), room.data(), size, HyperplaneFill<T>{threshold, 0.0, far}, total);
+      return total;
     });
   });
 }

@@ -7,6 +7,7 @@ then says why, and fastadv.ops falls back.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -185,6 +186,22 @@ def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: 
 linf_step = partial(_step, "linf_step")
 l2_step = partial(_step, "l2_step")
 l1_step = partial(_step, "l1_step")
+
+
+def _hyperplane(name: str, out: Tensor, x: Tensor, w: Tensor, gap: Tensor, lo: float, hi: float) -> None:
+    target, x, w = alike(out, x, _readable(w, x))
+    _, gaps = float64_per_sample(gap, x)
+    _launch(
+        name, x, target.data_ptr(), x.data_ptr(), w.data_ptr(), _address(gaps), len(x), len(w), math.prod(x.shape[1:]),
+        _DTYPES[x.dtype], _DTYPES[w.dtype], lo, hi,
+    )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
+
+
+linf_hyperplane = partial(_hyperplane, "linf_hyperplane")
+l2_hyperplane = partial(_hyperplane, "l2_hyperplane")
+l1_hyperplane = partial(_hyperplane, "l1_hyperplane")
 
 
 # --------------------------------------------------------------------------------------------------------- loss family

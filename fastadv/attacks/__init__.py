@@ -4,6 +4,7 @@ from .apgd import APGD, APGDT, apgd, apgdt
 from .base import Attack, AttackInfo
 from .carlini_wagner import CW, cw
 from .deepfool import DeepFool, deepfool
+from .fab import FAB, FABT, fab, fabt
 from .feature import FeatureAttack
 from .minimum_norm import DDN, FMN, ddn, fmn
 from .pgd import PGD, NaNGradientWarning, fgsm, pgd
@@ -19,6 +20,8 @@ __all__ = [
     "BPDA",
     "CW",
     "DDN",
+    "FAB",
+    "FABT",
     "FMN",
     "PGD",
     "PGD0",
@@ -36,6 +39,8 @@ __all__ = [
     "cw",
     "ddn",
     "deepfool",
+    "fab",
+    "fabt",
     "fgsm",
     "fmn",
     "pgd",

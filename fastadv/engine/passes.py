@@ -112,6 +112,19 @@ class Passes:
             found = [input_gradient(logits, inputs, self.cotangent(c), again=k < last) for k, c in enumerate(cotangents)]
         return logits.detach(), torch.stack([self.to_scale(g, c) for g, c in zip(found, cotangents, strict=True)])
 
+    def pullback(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits, and the gradient with respect to ``inputs`` by that of the logits [N, C]: several of them from one forward.
+
+        Each up to its scale, as in :meth:`gradient`. Not compiled.
+        """
+        logits = self.logits(inputs.requires_grad_())
+
+        def gradient(dlogits: Tensor) -> Tensor:
+            with mark("model backward"):
+                return input_gradient(logits, inputs, self.cotangent(dlogits), again=True)
+
+        return logits.detach(), gradient
+
     def cotangent(self, dlogits: Tensor) -> Tensor:
         """``dlogits``, scaled for fp16 so that gradients deep in the model do not underflow.
 
