@@ -8,7 +8,7 @@ fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``f
 
 from . import attacks, functional, objectives, ops, reference
 from ._version import __version__
-from .attacks import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
+from .attacks import MIFGSM, PGD, AttackInfo, NaNGradientWarning, fgsm, mifgsm, pgd
 from .machine import tune_allocator
 from .normalize import Normalize
 from .objectives import *  # noqa: F403 - the training methods
@@ -18,6 +18,7 @@ from .weights import AWP, RWP
 
 __all__ = [
     "AWP",
+    "MIFGSM",
     "PGD",
     "RWP",
     "AttackInfo",
@@ -28,6 +29,7 @@ __all__ = [
     "attacks",
     "fgsm",
     "functional",
+    "mifgsm",
     "objectives",
     "ops",
     "pgd",
