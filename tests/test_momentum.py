@@ -110,7 +110,7 @@ def test_no_samples_and_no_labels():
     assert torch.equal(mifgsm(model, x, None, EPS), mifgsm(model, x, model(x).argmax(1), EPS))
 
 
-@pytest.mark.parametrize("options", [{"twin": True}, {"memory": "signs"}, {"engine": "graph"}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("options", [{"twin": True}, {"memory": "signs"}, {"engine": "compile"}, {"precision": "bf16"}], ids=str)
 def test_every_way_of_running_it_attacks(options):
     x, y = batch()
     model = cnn().eval()
