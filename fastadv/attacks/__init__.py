@@ -7,6 +7,7 @@ from .deepfool import DeepFool, deepfool
 from .fab import FAB, FABT, fab, fabt
 from .feature import FeatureAttack
 from .minimum_norm import DDN, FMN, ddn, fmn
+from .momentum import MIFGSM, mifgsm
 from .pgd import PGD, NaNGradientWarning, fgsm, pgd
 from .physical import RP2
 from .sparse import PGD0, pgd0
@@ -23,6 +24,7 @@ __all__ = [
     "FAB",
     "FABT",
     "FMN",
+    "MIFGSM",
     "PGD",
     "PGD0",
     "RP2",
@@ -43,6 +45,7 @@ __all__ = [
     "fabt",
     "fgsm",
     "fmn",
+    "mifgsm",
     "pgd",
     "pgd0",
     "square",
