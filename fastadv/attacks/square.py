@@ -100,7 +100,7 @@ class Square(Attack):
 
     def _share(self, query: int) -> float:
         """Of the image, that the windows of this query cover."""
-        return self.p_init / 2 ** bisect_left(HALVINGS, query * 10000 // self.queries)
+        return self.p_init * 0.5 ** bisect_left(HALVINGS, query * 10000 // self.queries)
 
 
 class _Windows(Walk):
@@ -150,7 +150,7 @@ class _Windows(Walk):
     def pieces(self, chunk: range, numbers: int, elements: int) -> Iterator[Tensor]:
         """What the queries of the chunk draw, [Q, N, numbers], so many together as may write ``elements`` each."""
         drawn = self.draw(chunk.start + 1, len(chunk), numbers).transpose(0, 1).contiguous()
-        return iter(drawn.split(max(1, PREPARED // (elements * len(self.adv)))))
+        return iter(torch.split(drawn, max(1, PREPARED // (elements * len(self.adv)))))
 
     def corner(self, u: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
         """Uniform places [Q, N] of windows inside the image, from two numbers each."""
@@ -187,7 +187,7 @@ class _Linf(_Windows):
         for u in self.pieces(chunk, 2 + channels, channels * h * w):
             places = self.places(*self.corner(u, h, w), h, w)
             steps = self.signs(u[..., 2:, None]) * self.eps[:, None, None].to(x.dtype)
-            values = (x[places].unflatten(2, (channels, -1)) + steps).clamp_(self.lo, self.hi).view(len(u), n, -1)
+            values = (x[places].view(len(u), n, channels, -1) + steps).clamp_(self.lo, self.hi).view(len(u), n, -1)
             for where, value in zip(places.view(len(u), -1).unbind(), values.unbind(), strict=True):
                 before = adv.index_select(0, where).view(n, -1)
                 adv.index_copy_(0, where, value.view(-1))
@@ -242,7 +242,7 @@ class _L2(_Windows):
         x, bumps = _flat(self.x), self.bumps(h, w).flatten(1)
         for u in self.pieces(chunk, 5 + channels, 2 * channels * h * w):
             corners = self.corner(u, h, w), self.corner(u[..., 2:], h, w)
-            places = torch.stack([self.places(*corner, h, w) for corner in corners], 2).unflatten(3, (channels, -1))
+            places = torch.stack([self.places(*corner, h, w) for corner in corners], 2).view(*u.shape[:2], 2, channels, -1)
             apart = _outside(*corners, h, w).to(x.dtype)
             signs = torch.where(u[..., 5:, None] < 0.5, -1.0, 1.0).to(x.dtype)
             own = bumps[(u[..., 4] < 0.5).long()][:, :, None] * signs

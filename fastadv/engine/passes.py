@@ -151,7 +151,8 @@ class CompiledPasses(Passes):
             return self._whole(inputs.detach(), loss, y, reference)
 
 
-def _compiled(function: types.FunctionType) -> Any:
+def _compiled(function: Callable[..., Any]) -> Any:
     """torch counts recompilations by code object, and stops at eight: each model and shape gets one of its own."""
+    assert isinstance(function, types.FunctionType)
     own = types.FunctionType(function.__code__.replace(), globals(), function.__name__, None, function.__closure__)
     return torch.compile(own, dynamic=False, fullgraph=True)
