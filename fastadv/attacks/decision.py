@@ -92,7 +92,7 @@ def _fools(attack: Attack, batch: Batch, images: Tensor, each: int = 1) -> Tenso
     batch.queries += each
     if images.dtype != batch.dtype:
         images = batch.rows(torch.arange(len(batch.x), device=images.device).repeat_interleave(each)).inputs(images)
-    found = torch.cat([ask(attack.engine, batch, some, ragged=True).argmax(1) for some in images.split(TOGETHER)])
+    found = torch.cat([ask(attack.engine, batch, some, ragged=True).argmax(1) for some in torch.split(images, TOGETHER)])
     reached = found == batch.y.repeat_interleave(each)
     return reached if batch.targeted else ~reached
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import checks, ops
 from ..engine import Model
 from ..reference.step import Scalar, per_sample
-from .base import Attack, Batch, as_function
+from .base import Attack, Batch, as_function, norms
 from .queries import Walk, growing, walk
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries: after these the windows' area halves
@@ -219,7 +219,7 @@ class _L2(_Windows):
 
     def fitted(self, delta: Tensor) -> Tensor:
         """The first image of the search: of length eps, then clamped to the box."""
-        scale = (INSIDE * self.eps).to(delta.dtype) / delta.flatten(1).norm(dim=1)
+        scale = (INSIDE * self.eps).to(delta.dtype) / norms(delta, "l2")
         return (self.x + delta * scale.view(-1, *[1] * (delta.dim() - 1))).clamp(self.lo, self.hi)
 
     def search(self, chunk: range, share: float) -> Iterator[None]:
