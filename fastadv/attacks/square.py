@@ -32,8 +32,9 @@ class Square(Attack):
     """Square attack: black-box, by ``queries`` forward passes of each sample, until one fools the model.
 
     The algorithm is that of the paper and of AutoAttack, but each sample has windows, signs and orientations of its own; the
-    reference draws one window for the whole batch. Windows also reach the last row and column, as in the paper's
-    algorithm; the reference's never do.
+    reference draws one window for the whole batch. In linf windows also reach the last row and column, as the paper says. The
+    authors' code never goes there, and in l2 and l1 neither does this, for that counts: of 300 digits under l1 5% more
+    withstood 300 queries with windows everywhere.
 
     The last two dimensions of x are height and width, and what comes before are channels; x [N, D] is a line of D pixels.
     Where a square is higher or wider than the image, a rectangle of its area takes its place.
@@ -107,6 +108,7 @@ class _Windows(Walk):
     """A trial is a window of another colour, which is taken back where it is no better."""
 
     ODD: ClassVar[bool] = True  # whether windows have odd sides of 3 pixels or more, which have a middle
+    EDGES: ClassVar[bool] = False  # whether windows reach the last row and column
 
     def begin(self) -> Iterator[None]:
         """Looks at the clean image, and then at the first one of the search."""
@@ -155,7 +157,8 @@ class _Windows(Walk):
     def corner(self, u: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
         """Uniform places [Q, N] of windows inside the image, from two numbers each."""
         _, height, width = self.shape
-        return (u[..., 0] * (height - h + 1)).long(), (u[..., 1] * (width - w + 1)).long()
+        down, across = (max(1, size + self.EDGES) for size in (height - h, width - w))
+        return (u[..., 0] * down).long(), (u[..., 1] * across).long()
 
     def places(self, top: Tensor, left: Tensor, h: int, w: int) -> Tensor:
         """Where the elements of windows lie in memory, [Q, N, C h w]."""
@@ -174,6 +177,7 @@ class _Linf(_Windows):
     """Each channel of a window goes to one of the two ends of the ball."""
 
     ODD: ClassVar[bool] = False
+    EDGES: ClassVar[bool] = True
 
     def started(self) -> Tensor:
         """Vertical stripes."""
@@ -187,7 +191,7 @@ class _Linf(_Windows):
         for u in self.pieces(chunk, 2 + channels, channels * h * w):
             places = self.places(*self.corner(u, h, w), h, w)
             steps = self.signs(u[..., 2:, None]) * self.eps[:, None, None].to(x.dtype)
-            values = (x[places].view(len(u), n, channels, -1) + steps).clamp_(self.lo, self.hi).view(len(u), n, -1)
+            values = (x.take(places).view(len(u), n, channels, -1) + steps).clamp_(self.lo, self.hi).view(len(u), n, -1)
             for where, value in zip(places.view(len(u), -1).unbind(), values.unbind(), strict=True):
                 before = adv.index_select(0, where).view(n, -1)
                 adv.index_copy_(0, where, value.view(-1))
@@ -246,7 +250,7 @@ class _L2(_Windows):
             apart = _outside(*corners, h, w).to(x.dtype)
             signs = torch.where(u[..., 5:, None] < 0.5, -1.0, 1.0).to(x.dtype)
             own = bumps[(u[..., 4] < 0.5).long()][:, :, None] * signs
-            yield from zip(places.unbind(), x[places].unbind(), apart.unbind(), own.unbind(), strict=True)
+            yield from zip(places.unbind(), x.take(places).unbind(), apart.unbind(), own.unbind(), strict=True)
 
     def patch(self, delta: Tensor, apart: Tensor, bump: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
         """What fills the first window: what was there and the bump, each of length 1, at the length that both windows had and
