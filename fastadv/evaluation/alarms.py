@@ -14,6 +14,7 @@ classified correctly under attack. :func:`sanity_checks` runs attacks of its own
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import warnings
@@ -141,7 +142,7 @@ def square_beats_white_box(standing_before: Tensor, standing_after: Tensor) -> A
         "Square beats white-box",
         standing_before,
         standing_after,
-        "Run Square longer and with restarts, and an adaptive attack: what needs no gradients should not find more than they do.",
+        "Run Square longer and with restarts, and an adaptive attack: gradients should find what can be found without them.",
         AUTOATTACK,
         0.002,
     )
@@ -228,7 +229,7 @@ def beats_white_box(what: str, standing: Tensor, fooled: Tensor) -> Alarm:
 def not_monotone(accuracies: Mapping[str, float]) -> Alarm:
     """Whether accuracy rises anywhere; ``accuracies`` by radius, from the smallest to the largest."""
     values = list(accuracies.values())
-    rise = max((b - a for a, b in zip(values, values[1:], strict=False)), default=0.0)
+    rise = max((b - a for a, b in itertools.pairwise(values)), default=0.0)
     return Alarm(
         "accuracy not monotone in eps",
         rise > TOLERANCE,

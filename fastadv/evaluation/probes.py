@@ -5,7 +5,6 @@ A sample's result depends on the seed and its number and not on the batch: rando
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -106,8 +105,8 @@ class Probe:
         """PGD by default step size from each sample's ``start``-th random start."""
         nothing = torch.zeros(steps + 1, 0, device=x.device)
         paths = [Path(nothing, nothing.bool(), x[:0], nothing[0].bool(), nothing[0].bool())]
-        for part in self._parts(x, y, eps, samples):
-            paths.append(self._pgd(*part, steps, start))
+        for part in self._parts(x, y, eps, samples, steps, start):
+            paths.append(self._pgd(*part))
         joined = {name: torch.cat([vars(p)[name] for p in paths], 1) for name in ("losses", "fooled")}
         return Path(**joined, **{name: torch.cat([vars(p)[name] for p in paths]) for name in ("images", "success", "standing")})
 
@@ -118,12 +117,15 @@ class Probe:
         images = attack(x, y)
         losses = torch.stack([ops.log_odds(logits, y)[0] for logits in recorder.answers])
         fooled = torch.stack([logits.argmax(1) != y for logits in recorder.answers])
-        assert attack.info is not None and attack.info.success is not None
-        return Path(losses, fooled, images, attack.info.success, self.right(images, y))
+        assert attack.info is not None
+        return Path(losses, fooled, images, attack.info.success, self.right(images, y))  # type: ignore[arg-type]  # keep_best
 
     def fgsm(self, x: Tensor, y: Tensor, eps: Scalar) -> Tensor:
         """Images [N, ...] after one step."""
-        return torch.cat([x[:0], *(fgsm(self.model, *p, norm=self.norm, bounds=self.bounds) for p in self._parts(x, y, eps))])
+        images = [x[:0]]
+        for part, labels, radius in self._parts(x, y, eps):
+            images.append(fgsm(self.model, part, labels, radius, norm=self.norm, bounds=self.bounds))
+        return torch.cat(images)
 
     def fooled_by_noise(self, x: Tensor, y: Tensor, eps: Scalar, samples: Tensor, draws: int) -> Tensor:
         """[N], whether one of so many images on the surface of the ball does."""
@@ -166,6 +168,8 @@ def surface(draws: Draws, step: int, x: Tensor, eps: Scalar, norm: str) -> Tenso
 
 def inside(draws: Draws, step: int, x: Tensor, eps: Scalar, norm: str) -> Tensor:
     """Perturbations inside the ball: uniform in that of linf, else of uniform direction and length."""
-    shape = x.shape[1:] if norm == "linf" else (1,) * (x.dim() - 1)
-    share = draws.of_stream(draws.stream + SHARES).uniform(step, *shape).to(x.dtype)
-    return surface(draws, step, x, eps, norm) * share
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if norm == "linf":
+        return ((2 * draws.uniform(step, *x.shape[1:], dtype=dtype) - 1) * per_sample(eps, x, dtype)).to(x.dtype)
+    share = draws.of_stream(draws.stream + SHARES).uniform(step, *[1] * (x.dim() - 1), dtype=dtype)
+    return surface(draws, step, x, eps, norm) * share.to(x.dtype)
