@@ -25,6 +25,7 @@ PlantedAttack = Callable[[Model, Tensor, Tensor, Scalar, Tensor], Tensor]  # (mo
 
 INNER = 200  # images inside the ball, the clean one among them
 CANDIDATES = 10  # images on its surface, of which that is planted which is easiest to tell from the inner ones
+STARTS = 8  # copies of a sample that are attacked
 GAP = 0.05  # between those inside and the surface, in radii
 CLOSENESS = 0.99  # the decision boundary's, to the planted image: 0 at the inner ones, 1 at the planted one
 RIDGE = 1.0  # of the readout, in mean variances of a feature: less, and it reads what varies at the planted image alone
@@ -68,13 +69,14 @@ def planted_adversarials(
 ) -> tuple[Tensor, Tensor]:
     """Of each sample for which an image can be planted, whether the attack, and ``draws`` random images, fool the readout.
 
-    A sample, with a readout of its own, is a batch of its own. Where the features of all images in the ball are the same, or
-    too few to tell one from the others, nothing can be planted.
+    A sample has a readout of its own, so a batch is copies of one sample, from which the attack may start differently. Where
+    the features of all images in the ball are the same, or too few to tell one from the others, nothing can be planted.
 
     Args:
         probe: whose model, norm, box and random numbers.
         x: clean images [N, ...]; eps: radius, float or [N]; samples: numbers of the samples [N].
-        attack: ``attack(model, x, y, eps, samples)`` returns images, for a model of two classes and y = 0.
+        attack: ``attack(model, x, y, eps, samples)`` returns images, for a model of two classes and y = 0; ``samples`` are
+            numbers by which the copies may draw.
 
     Returns:
         Two masks [P], P <= N.
@@ -88,7 +90,8 @@ def planted_adversarials(
         if readout is None:
             continue
         asked = replace(probe, model=readout)
-        found.append(~asked.right(attack(readout, image, y, radius, sample), y))
+        images, labels, radii = several(image, y, radius, n=STARTS)
+        found.append((~asked.right(attack(readout, images, labels, radii, numbers(sample, STARTS)), labels)).any()[None])
         images, labels, radii = several(image, y, radius, n=draws)
         noise = asked.fooled_by_noise(images, labels, radii, numbers(sample, draws), 1)
         by_noise.append(noise.any()[None])

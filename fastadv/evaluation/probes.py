@@ -20,6 +20,7 @@ from ..engine import Model, attacking
 from ..reference.step import Scalar, arithmetic, per_sample
 
 NOISE, NEARBY, SHARES = 1 << 20, 2 << 20, 4 << 20  # streams of draws; those of the starts are 0, 1, ...
+PHASES = ((1.0, 0.5), (0.25, 0.75), (0.0625, 1.0))  # of PGD: the length of a step in radii, and the share of steps by then
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ class Probe:
         return torch.cat(found)
 
     def pgd(self, x: Tensor, y: Tensor, eps: Scalar, samples: Tensor, steps: int, start: int = 0) -> Path:
-        """PGD by default step size from each sample's ``start``-th random start."""
-        nothing = torch.zeros(steps + 1, 0, device=x.device)
+        """PGD from each sample's ``start``-th random start, in phases of ever shorter steps, each from the last one's best.
+
+        A path has ``steps`` iterates and the last of each phase.
+        """
+        nothing = torch.zeros(steps + len(PHASES), 0, device=x.device)
         paths = [Path(nothing, nothing.bool(), x[:0], nothing[0].bool(), nothing[0].bool())]
         for part in self._parts(x, y, eps, samples, steps, start):
             paths.append(self._pgd(*part))
@@ -112,9 +116,14 @@ class Probe:
 
     def _pgd(self, x: Tensor, y: Tensor, eps: Scalar, samples: Tensor, steps: int, start: int) -> Path:
         recorder = Recorder(self.model)
-        init = x + inside(Draws(self.seed, samples, start), 0, x, eps, self.norm)
-        attack = PGD(recorder, eps, steps=steps, norm=self.norm, bounds=self.bounds, init=init, keep_best=True)
-        images = attack(x, y)
+        images = x + inside(Draws(self.seed, samples, start), 0, x, eps, self.norm)
+        done = 0.0
+        for size, until in PHASES:
+            attack = PGD(
+                recorder, eps, size * eps, round(until * steps) - round(done * steps), self.norm,
+                init=images, bounds=self.bounds, keep_best=True,
+            )  # fmt: skip
+            images, done = attack(x, y), until
         losses = torch.stack([ops.log_odds(logits, y)[0] for logits in recorder.answers])
         fooled = torch.stack([logits.argmax(1) != y for logits in recorder.answers])
         assert attack.info is not None
