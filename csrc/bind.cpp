@@ -47,11 +47,49 @@ void def_step(py::module_& m, const char* name) {
 }
 
 template <auto kernel>
+void def_apgd(py::module_& m, const char* name) {
+  m.def(name, [](uintptr_t adv, uintptr_t old, uintptr_t best, uintptr_t best_grad, uintptr_t image, uintptr_t grad, uintptr_t x,
+                 int64_t samples, int64_t size, int dtype, int grad_dtype, double alpha, double momentum, double eps, double lo,
+                 double hi, uintptr_t alphas, uintptr_t momenta, uintptr_t radii, uintptr_t better, uintptr_t taken,
+                 uintptr_t where) {
+    const ApgdArgs args{pointer<void>(adv), pointer<void>(old), pointer<void>(best), pointer<void>(best_grad),
+                        pointer<void>(image), pointer<void>(grad), pointer<void>(x), samples, size, DType(dtype),
+                        DType(grad_dtype),
+                        {alpha, momentum, eps, lo, hi, pointer<double>(alphas), pointer<double>(momenta), pointer<double>(radii)},
+                        pointer<bool>(better), pointer<bool>(taken)};
+    call(kernel, args, where);
+  });
+}
+
+template <auto kernel>
+void def_momentum(py::module_& m, const char* name) {
+  m.def(name, [](uintptr_t adv, uintptr_t velocity, uintptr_t grad, uintptr_t x, int64_t samples, int64_t size, int dtype,
+                 int grad_dtype, double alpha, double decay, double eps, double lo, double hi, uintptr_t alphas,
+                 uintptr_t decays, uintptr_t radii, uintptr_t sums, uintptr_t where) {
+    const MomentumArgs args{pointer<void>(adv), pointer<void>(velocity), pointer<void>(grad), pointer<void>(x), samples, size,
+                            DType(dtype), DType(grad_dtype),
+                            {alpha, decay, eps, lo, hi, pointer<double>(alphas), pointer<double>(decays), pointer<double>(radii)},
+                            pointer<double>(sums)};
+    call(kernel, args, where);
+  });
+}
+
+template <auto kernel>
 void def_start(py::module_& m, const char* name) {
   m.def(name, [](uintptr_t out, uintptr_t x, int64_t samples, int64_t size, int dtype, double eps, double lo, double hi,
                  uintptr_t radii, uint64_t seed, uintptr_t where) {
     const StartArgs args{pointer<void>(out), pointer<void>(x), samples, size, DType(dtype), eps, lo, hi,
                          pointer<double>(radii), seed};
+    call(kernel, args, where);
+  });
+}
+
+template <auto kernel>
+void def_hyperplane(py::module_& m, const char* name) {
+  m.def(name, [](uintptr_t out, uintptr_t x, uintptr_t w, uintptr_t gaps, int64_t points, int64_t planes, int64_t size,
+                 int dtype, int w_dtype, double lo, double hi, uintptr_t where) {
+    const HyperplaneArgs args{pointer<void>(out), pointer<void>(x), pointer<void>(w), pointer<double>(gaps), points, planes,
+                              size,               DType(dtype),     DType(w_dtype),   lo,                    hi};
     call(kernel, args, where);
   });
 }
@@ -98,8 +136,9 @@ void def_launches(py::module_ m) {
     const Share share = share_of(rank, cluster, count);
     return py::make_tuple(share.begin, share.end);
   });
-  m.def("l2_apply", [](int64_t samples, int64_t items) { return as_tuple(l2_apply_launch(samples, items)); });
-  m.def("l2_sums", [](int64_t samples, int64_t items) { return as_tuple(l2_sums_launch(samples, items)); });
+  m.def("apply", [](int64_t samples, int64_t items) { return as_tuple(apply_launch(samples, items)); });
+  m.def("sums", [](int64_t samples, int64_t items) { return as_tuple(sums_launch(samples, items)); });
+  m.attr("sum_chunks") = kSumChunks;
   m.def("l1", [](int64_t samples, int64_t size) { return as_tuple(l1_launch(samples, size)); });
   m.def("weight_blocks", weight_blocks);
   m.attr("table_tensors") = kTableTensors;
@@ -117,7 +156,12 @@ PYBIND11_MODULE(_C, m) {
   def_step<linf_step_cpu>(m, "linf_step");
   def_step<l2_step_cpu>(m, "l2_step");
   def_step<l1_step_cpu>(m, "l1_step");
+  def_apgd<apgd_step_cpu>(m, "apgd_step");
+  def_momentum<momentum_step_cpu>(m, "momentum_step");
   def_start<linf_start_cpu>(m, "linf_start");
+  def_hyperplane<linf_hyperplane_cpu>(m, "linf_hyperplane");
+  def_hyperplane<l2_hyperplane_cpu>(m, "l2_hyperplane");
+  def_hyperplane<l1_hyperplane_cpu>(m, "l1_hyperplane");
 
   def_loss<ce_cpu>(m, "ce");
   def_loss<log_odds_cpu>(m, "log_odds");
@@ -140,6 +184,8 @@ PYBIND11_MODULE(_C, m) {
   def_step<linf_step_cuda>(m, "linf_step_cuda");
   def_step<l2_step_cuda>(m, "l2_step_cuda");
   def_step<l1_step_cuda>(m, "l1_step_cuda");
+  def_apgd<apgd_step_cuda>(m, "apgd_step_cuda");
+  def_momentum<momentum_step_cuda>(m, "momentum_step_cuda");
   def_start<linf_start_cuda>(m, "linf_start_cuda");
   m.def("l2_workspace_cuda", [](int64_t samples, int64_t size, int dtype) {
     return l2_workspace_cuda(samples, size, DType(dtype));

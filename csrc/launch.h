@@ -70,14 +70,14 @@ FASTADV_FN constexpr Share share_of(int rank, int cluster, int64_t count) {
   return {least(rank * share, count), least((rank + 1) * share, count)};
 }
 
-// The l2 step otherwise: partial sums of each sample by chunks, then an elementwise pass.
-constexpr int64_t kL2Chunks = 64;  // of a sample, at most: their partial sums are added up by one block
-constexpr Launch l2_sums_launch(int64_t samples, int64_t items) {
-  return {least(most(ceil_div(items, 8 * kStreamThreads), 1), kL2Chunks), least(samples, kMaxRows), kStreamThreads, 0, 1};
+// The l2 step otherwise, and the momentum step: partial sums of each sample by chunks, then an elementwise pass.
+constexpr int64_t kSumChunks = 64;  // of a sample, at most: their partial sums are added up by one block
+constexpr Launch sums_launch(int64_t samples, int64_t items) {
+  return {least(most(ceil_div(items, 8 * kStreamThreads), 1), kSumChunks), least(samples, kMaxRows), kStreamThreads, 0, 1};
 }
 
-// The second pass of an l2 step off chip: several items a thread, which first adds up its sample's partial sums.
-constexpr Launch l2_apply_launch(int64_t samples, int64_t items) { return stream_launch(samples, ceil_div(items, 8)); }
+// The second pass: several items a thread, which first adds up its sample's partial sums.
+constexpr Launch apply_launch(int64_t samples, int64_t items) { return stream_launch(samples, ceil_div(items, 8)); }
 
 // The weights family: of all blocks of a launch, a tensor has so many, each thread with eight items. In the first pass as many
 // as there are partial sums, at most: every block of the second adds them all up. A launch takes the tensors that fit its

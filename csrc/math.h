@@ -6,12 +6,14 @@
 // Two rules keep all backends equal:
 //   * sign and clamp are comparisons, never fmin/fmax: a NaN gradient has sign 0 and moves nothing, and a NaN value stays
 //     NaN through a clamp, as in torch.
-//   * alpha * sign(g) is exact, so the linf step rounds the same with or without fused multiply-add: bit-identical.
+//   * alpha * sign(g) is exact, so the linf step rounds the same with or without fused multiply-add: bit-identical. Where a
+//     product is not exact and bits matter, product() is never fused.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define FASTADV_FN __host__ __device__ __forceinline__
@@ -44,6 +46,18 @@ FASTADV_FN T larger(T a, T b) {
 template <class T>
 FASTADV_FN T smaller(T a, T b) {
   return b < a ? b : a;
+}
+
+// a * b, rounded before anything is added to it. Compilers like to fuse the two, and not all do; not across a comparison, though.
+template <class T>
+FASTADV_FN T product(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(float)) return __fmul_rn(a, b);
+  else return __dmul_rn(a, b);
+#else
+  const T p = a * b;
+  return p == p ? p : std::numeric_limits<T>::quiet_NaN();
+#endif
 }
 
 template <class To, class From>
@@ -123,8 +137,35 @@ FASTADV_FN double log_(double x) { return ::log(x); }
 template <class T>
 struct LinfStep {
   T alpha, eps, lo, hi;
-  FASTADV_FN T operator()(T adv, T g, T x) const {
-    return clamp(clamp(adv + alpha * sign(g), x - eps, x + eps), lo, hi);
+  FASTADV_FN T project(T moved, T x) const { return clamp(clamp(moved, x - eps, x + eps), lo, hi); }
+  FASTADV_FN T operator()(T adv, T g, T x) const { return project(adv + alpha * sign(g), x); }
+};
+
+// Auto-PGD's move: towards the linf step z, and on in the direction of the last move, from `old`; projected.
+template <class T>
+struct ApgdStep {
+  LinfStep<T> step;
+  T momentum, inertia;  // inertia = 1 - momentum
+  FASTADV_FN T operator()(T adv, T old, T g, T x) const {
+    const T z = step(adv, g, x);
+    return step.project(adv + product(momentum, z - adv) + product(inertia, adv - old), x);
+  }
+};
+
+// velocity <- decay velocity + g/|g|_1, of one sample; MI-FGSM steps along it.
+template <class T>
+struct Velocity {
+  T decay, share, unit;  // share is that of g * unit; unit is the power of two that keeps it a normal float
+
+  static FASTADV_FN Velocity from_sum(double sum, double decay) {
+    const bool adds = sum > 0.0 && sum < HUGE_VAL;  // a zero or NaN gradient does not
+    const double far = 18446744073709551616.0;      // 2^64
+    const double unit = sum * far < 1.0 ? far : sum > far ? 1.0 / far : 1.0;
+    return {T(decay), adds ? T(1.0 / (sum * unit)) : T(0), T(unit)};
+  }
+  FASTADV_FN T operator()(T velocity, T g) const {
+    const T added = share == T(0) ? T(0) : product(share, g * unit);  // 0 * NaN would be NaN
+    return product(decay, velocity) + added;
   }
 };
 
@@ -264,6 +305,91 @@ struct LinfStart {
     return clamp(x + eps * u, lo, hi);
   }
 };
+
+// The shortest move d of a point x with <w, d> = gap, inside the box [lo, hi] (Croce and Hein, 2020): each element moves
+// towards the plane by a distance that is one function of its pull |w| and of its room, the distance to the wall ahead.
+template <class T>
+struct Hyperplane {
+  T side, lo, hi;  // the sign of the gap
+
+  static FASTADV_FN Hyperplane to(double gap, double lo, double hi) {
+    return {gap - gap == 0.0 ? T(sign(gap)) : T(0), T(lo), T(hi)};  // a gap that is not finite moves nothing
+  }
+  FASTADV_FN T ahead(T w) const { return w - w == T(0) ? sign(w) * side : T(0); }  // nor does such a w
+  FASTADV_FN T pull(T w) const { return ahead(w) == T(0) ? T(0) : w < T(0) ? -w : w; }
+  FASTADV_FN T room(T w, T x) const {
+    const T up = x < hi ? hi - x : T(0), down = x > lo ? x - lo : T(0);
+    return ahead(w) > T(0) ? up : ahead(w) < T(0) ? down : T(0);
+  }
+};
+
+// In linf and l2 that distance is min(t speed, room), with speed 1 or |w|, for the one t at which <|w|, distance> = |gap|.
+template <class T, bool kLinf>
+struct HyperplaneStretch {
+  double t;
+  static FASTADV_FN double speed(T pull) { return kLinf ? 1.0 : double(pull); }
+  FASTADV_FN bool at_wall(T pull, T room) const { return !(double(room) > t * speed(pull)); }  // so is what 0 * inf says
+  FASTADV_FN T operator()(T pull, T room) const { return at_wall(pull, room) ? room : T(t * speed(pull)); }
+};
+
+// What the elements at their wall give to the product, and what the others give for each unit of t.
+struct HyperplaneReach {
+  double full, slope;
+};
+
+FASTADV_FN HyperplaneReach operator+(const HyperplaneReach& a, const HyperplaneReach& b) {
+  return {a.full + b.full, a.slope + b.slope};
+}
+
+// The product rises in t less and less, so Newton's steps from 0 never pass the root, and they end on its own linear piece:
+// a handful of passes over a row in cache, where sorting it would take a hundred. Infinite where every element is at its wall.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <class ReachAt>
+FASTADV_FN double hyperplane_stretch(double far, const ReachAt& reach_at) {
+  double t = 0.0;
+  for (int pass = 0; pass < 128; ++pass) {
+    const HyperplaneReach at = reach_at(t);
+    if (!(at.slope > 0.0)) return HUGE_VAL;
+    const double next = (far - at.full) / at.slope;
+    if (!(next > t)) break;
+    t = next;
+  }
+  return t;
+}
+
+// In l1 the elements of the largest |w| go to their wall, those of |w| = threshold a fraction of their way, the others nowhere.
+template <class T>
+struct HyperplaneFill {
+  T threshold;
+  double fraction, far;
+  // One element alone need not go farther than |gap| / |w|: with this even unbounded elements have an end.
+  FASTADV_FN double gain(T pull, T room) const { return smaller(double(pull) * double(room), far); }
+  FASTADV_FN T operator()(T pull, T room) const {
+    const double partly = pull > T(0) ? fraction * smaller(double(room), far / double(pull)) : 0.0;
+    return pull > threshold ? room : pull == threshold ? T(partly) : T(0);
+  }
+};
+
+// The largest threshold at which the elements with |w| >= threshold reach the plane, by bisection over the bits of a number,
+// which order positive numbers; total_at(threshold) is the sum of these elements' gains.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <class T, class Bits, class TotalAt>
+FASTADV_FN HyperplaneFill<T> hyperplane_fill(double far, T largest, const TotalAt& total_at) {
+  Bits low = 1, high = bit_cast<Bits>(largest) + 1;  // all elements that have a pull; none
+  double reached = total_at(bit_cast<T>(low)), above = 0.0;
+  if (reached < far) return {T(0), 0.0, far};  // to the walls
+  while (high - low > 1) {
+    const Bits middle = low + (high - low) / 2;
+    const double total = total_at(bit_cast<T>(middle));
+    (total < far ? high : low) = middle;
+    (total < far ? above : reached) = total;
+  }
+  return {bit_cast<T>(low), (far - above) / (reached - above), far};
+}
 
 // ---------------------------------------------------------------------------------------------------------- loss family
 // z: logits of one row, shifted so that their maximum is 0; e = exp(z), sum = sum_k e_k; p = e / sum.

@@ -6,10 +6,15 @@
 //   start  one pass: read x, write out; a thread draws the four words of one counter and uses them on four neighbours.
 //   l2     16 bytes again where a sample fits on chip: a block, or a cluster of blocks, keeps it in shared memory between the
 //          three sums that fix the step and the update. Otherwise 28: partial sums by chunks, then an elementwise pass.
+//   apgd   one pass: read adv, old, grad, x, write adv, old, 24 bytes; what is remembered goes out on the way.
+//   momentum  28 bytes: partial sums of the gradient by chunks, then an elementwise pass, for which a small batch's gradient
+//          is still in cache.
 //   l1     a block a sample. The selection reads it once for each byte of the threshold, the projection a dozen times; all but
 //          the first come from cache.
 //
 // No kernel waits for the host, and none adds floats with atomics: results are the same bits in every run.
+
+#include <initializer_list>
 
 #include "cuda.h"
 #include "step.h"
@@ -38,35 +43,62 @@ struct Item {
 // A row as items, read and written 16 bytes at once; element by element where memory is not aligned, and at the row's end.
 // Kernels are compiled for each type of image; the type of its gradient is known when they run.
 template <class S>
-struct Items {
-  const StepArgs& args;
+struct Row {
+  using Vector = Pack<S, kWidth<S>>;
+  using Gradients = Memory<arithmetic_t<S>>;
+
   int64_t offset, size;
   bool vectorised;
 
   __device__ int64_t count() const { return ceil_div(size, kWidth<S>); }
+  __device__ int64_t at(int64_t i) const { return offset + i * kWidth<S>; }
   __device__ bool at_once(int64_t i) const { return vectorised && (i + 1) * kWidth<S> <= size; }
   __device__ int left(int64_t i) const { return int(least(size - i * kWidth<S>, kWidth<S>)); }
 
-  __device__ Item<S> read(int64_t i) const {
-    const int64_t at = offset + i * kWidth<S>;
-    Item<S> item{};
-    const Memory<arithmetic_t<S>> grad{const_cast<void*>(args.grad), args.grad_dtype};
-    fastadv::read(static_cast<const S*>(args.adv) + at, at_once(i), left(i), item.adv);
-    fastadv::read(static_cast<const S*>(args.x) + at, at_once(i), left(i), item.x);
-    item.grad = grad.template get<kWidth<S>>(at, at_once(i), left(i));  // last: converting a half format waits for it
+  __device__ Vector read(const void* from, int64_t i) const {
+    Vector item{};
+    fastadv::read(static_cast<const S*>(from) + at(i), at_once(i), left(i), item);
     return item;
   }
-
-  __device__ void write(int64_t i, const Pack<S, kWidth<S>>& item) const {
-    fastadv::write(static_cast<S*>(args.out) + offset + i * kWidth<S>, at_once(i), left(i), item);
+  __device__ auto read(const Gradients& from, int64_t i) const {
+    return from.template raw<kWidth<S>>(at(i), at_once(i), left(i));
   }
+  __device__ void write(void* to, int64_t i, const Vector& item) const {
+    fastadv::write(static_cast<S*>(to) + at(i), at_once(i), left(i), item);
+  }
+  template <class Raw>
+  __device__ void write(const Gradients& to, int64_t i, const Raw& item) const {
+    to.set(at(i), at_once(i), left(i), item);
+  }
+};
+
+// The rows of a step.
+template <class S>
+struct Items : Row<S> {
+  const StepArgs& args;
+
+  __device__ Item<S> read(int64_t i) const {
+    const Memory<arithmetic_t<S>> grad{const_cast<void*>(args.grad), args.grad_dtype};
+    Item<S> item{Row<S>::read(args.adv, i), Row<S>::read(args.x, i), {}};
+    item.grad = grad.values(Row<S>::read(grad, i));  // last: converting a half format waits for it
+    return item;
+  }
+  __device__ void write(int64_t i, const Pack<S, kWidth<S>>& item) const { Row<S>::write(args.out, i, item); }
 };
 
 // Are rows of this size where 16-byte loads should be?
 template <class S>
+bool vectorisable(int64_t rows, int64_t row_size, std::initializer_list<const void*> images, DType grad_dtype,
+                  std::initializer_list<const void*> gradients) {
+  bool all = rows == 1 || row_size % kWidth<S> == 0;
+  for (const void* t : images) all = all && aligned(t, 16);
+  for (const void* t : gradients) all = all && aligned(t, grad_dtype, kWidth<S>);
+  return all;
+}
+
+template <class S>
 bool vectorisable(const StepArgs& args, int64_t rows, int64_t row_size) {
-  return (rows == 1 || row_size % kWidth<S> == 0) && aligned(args.out, 16) && aligned(args.adv, 16) && aligned(args.x, 16) &&
-         aligned(args.grad, args.grad_dtype, kWidth<S>);
+  return vectorisable<S>(rows, row_size, {args.out, args.adv, args.x}, args.grad_dtype, {args.grad});
 }
 
 // ---------------------------------------------------------------------------------------------------------------- linf
@@ -78,7 +110,7 @@ __global__ void __launch_bounds__(kStreamThreads)
   const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
     const LinfStep<T> step{T(args.alpha_of(row)), T(args.eps_of(row)), T(args.lo), T(args.hi)};
-    const Items<S> items{args, row * row_size, row_size, vectorised};
+    const Items<S> items{{row * row_size, row_size, vectorised}, args};
     for (int64_t i = first; i < items.count(); i += stride) items.write(i, items.read(i).apply(step));
   }
 }
@@ -105,6 +137,82 @@ __global__ void __launch_bounds__(kStreamThreads) linf_start_kernel(StartArgs ar
         for (int k = 0; k < 4; ++k)
           if (4 * c + k < args.size) store(out[4 * c + k], f(w.word[k], load(x[4 * c + k])));
       }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- apgd
+
+template <class S>
+__global__ void __launch_bounds__(kStreamThreads) apgd_step_kernel(ApgdArgs args, bool vectorised) {
+  const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, stride = int64_t(gridDim.x) * blockDim.x;
+  const Memory<arithmetic_t<S>> grad{const_cast<void*>(args.grad), args.grad_dtype}, best_grad{args.best_grad, args.grad_dtype};
+  for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
+    const auto step = args.step_of<arithmetic_t<S>>(sample);
+    const bool better = args.better[sample], taken = args.taken[sample];
+    const Row<S> row{sample * args.size, args.size, vectorised};
+    for (int64_t i = first; i < row.count(); i += stride) {
+      const auto adv = row.read(args.adv, i), old = row.read(args.old, i), x = row.read(args.x, i);
+      const auto raw = row.read(grad, i);  // all are on their way before the first write, which might have changed them
+      if (better) {
+        row.write(args.best, i, adv);
+        row.write(best_grad, i, raw);
+      }
+      if (taken) row.write(args.image, i, adv);
+      const auto g = grad.values(raw);
+      typename Row<S>::Vector moved;
+#pragma unroll
+      for (int k = 0; k < kWidth<S>; ++k) store(moved.v[k], step(load(adv.v[k]), load(old.v[k]), g.v[k], load(x.v[k])));
+      row.write(args.old, i, adv);
+      row.write(args.adv, i, moved);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ momentum
+
+// gridDim.x blocks sum the sizes of a sample's gradient into args.sums [samples, chunks] ...
+template <class S>
+__global__ void __launch_bounds__(kStreamThreads, 1) momentum_sums_kernel(MomentumArgs args, bool vectorised) {
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  const Memory<arithmetic_t<S>> grad{const_cast<void*>(args.grad), args.grad_dtype};
+  for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
+    const Row<S> row{sample * args.size, args.size, vectorised};
+    double sum = 0.0;
+#pragma unroll 2
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < row.count(); i += stride) {
+      const auto g = grad.values(row.read(grad, i));
+#pragma unroll
+      for (int k = 0; k < kWidth<S>; ++k) sum += double(g.v[k] < 0 ? -g.v[k] : g.v[k]);
+    }
+    sum = Group(0).reduce(sum, Plus());
+    if (threadIdx.x == 0) args.sums[sample * gridDim.x + blockIdx.x] = sum;
+  }
+}
+
+// ... and every block of the second pass adds them up for itself, in one order, before it moves its elements.
+template <class S>
+__global__ void __launch_bounds__(kStreamThreads, 1) momentum_apply_kernel(MomentumArgs args, int chunks, bool vectorised) {
+  using T = arithmetic_t<S>;
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  const Memory<T> grad{const_cast<void*>(args.grad), args.grad_dtype};
+  for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
+    double sum = 0.0;
+    for (int c = threadIdx.x; c < chunks; c += blockDim.x) sum += args.sums[sample * chunks + c];
+    const auto faster = Velocity<T>::from_sum(Group(0).reduce(sum, Plus()), args.scalars.momentum_of(sample));
+    const auto step = args.scalars.linf_of<T>(sample);
+    const Row<S> row{sample * args.size, args.size, vectorised};
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < row.count(); i += stride) {
+      auto adv = row.read(args.adv, i), velocity = row.read(args.velocity, i);
+      const auto x = row.read(args.x, i);
+      const auto g = grad.values(row.read(grad, i));
+#pragma unroll
+      for (int k = 0; k < kWidth<S>; ++k) {
+        store(velocity.v[k], faster(load(velocity.v[k]), g.v[k]));
+        store(adv.v[k], step(load(adv.v[k]), load(velocity.v[k]), load(x.v[k])));  // along the velocity as it is kept
+      }
+      row.write(args.velocity, i, velocity);
+      row.write(args.adv, i, adv);
     }
   }
 }
@@ -146,7 +254,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) l2_on_chip_kernel(StepArgs arg
   const auto [begin, end] = share_of(cluster_rank(), cluster, ceil_div(args.size, kWidth<S>));
   auto* kept = dynamic_shared<Item<S>>();
   for (int64_t sample = blockIdx.x / cluster; sample < args.samples; sample += gridDim.x / cluster) {
-    const Items<S> items{args, sample * args.size, args.size, vectorised};
+    const Items<S> items{{sample * args.size, args.size, vectorised}, args};
     L2Sums sums{};
 #pragma unroll 2
     for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
@@ -164,7 +272,7 @@ template <class S>
 __global__ void __launch_bounds__(kStreamThreads, 1) l2_sums_kernel(StepArgs args, bool vectorised) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
-    const Items<S> items{args, sample * args.size, args.size, vectorised};
+    const Items<S> items{{sample * args.size, args.size, vectorised}, args};
     L2Sums sums{};
 #pragma unroll 2
     for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < items.count(); i += stride)
@@ -182,7 +290,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1) l2_apply_kernel(StepArgs ar
     L2Sums sums{};
     for (int c = threadIdx.x; c < chunks; c += blockDim.x) sums = sums + args.workspace[sample * chunks + c];
     const auto step = l2_step_of<S>(args, sample, Group(0).reduce(sums, Plus()));
-    const Items<S> items{args, sample * args.size, args.size, vectorised};
+    const Items<S> items{{sample * args.size, args.size, vectorised}, args};
     for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < items.count(); i += stride)
       items.write(i, items.read(i).apply(step));
   }
@@ -199,9 +307,9 @@ void launch_l2(const StepArgs& args, void* stream) {
   if (const Launch plan = l2_on_chip_launch<S>(args.samples, args.size); plan.threads)
     return launch("l2_step", plan, stream, l2_on_chip_kernel<S>, args, plan.cluster, vectorised);
   const int64_t items = ceil_div(args.size, kWidth<S>);
-  const Launch sums = l2_sums_launch(args.samples, items);
+  const Launch sums = sums_launch(args.samples, items);
   launch("l2_step", sums, stream, l2_sums_kernel<S>, args, vectorised);
-  launch("l2_step", l2_apply_launch(args.samples, items), stream, l2_apply_kernel<S>, args, int(sums.blocks), vectorised);
+  launch("l2_step", apply_launch(args.samples, items), stream, l2_apply_kernel<S>, args, int(sums.blocks), vectorised);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ l1
@@ -305,6 +413,29 @@ void linf_step_cuda(const StepArgs& args, void* stream) {
   });
 }
 
+void apgd_step_cuda(const ApgdArgs& args, void* stream) {
+  if (args.samples == 0 || args.size == 0) return;
+  dispatch(args.dtype, [&](auto s) {
+    using S = decltype(s);
+    launch("apgd_step", stream_launch(args.samples, ceil_div(args.size, kWidth<S>)), stream, apgd_step_kernel<S>, args,
+           vectorisable<S>(args.samples, args.size, {args.adv, args.old, args.best, args.image, args.x}, args.grad_dtype,
+                           {args.grad, args.best_grad}));
+  });
+}
+
+void momentum_step_cuda(const MomentumArgs& args, void* stream) {
+  if (args.samples == 0 || args.size == 0) return;
+  dispatch(args.dtype, [&](auto s) {
+    using S = decltype(s);
+    const bool vectorised =
+        vectorisable<S>(args.samples, args.size, {args.adv, args.velocity, args.x}, args.grad_dtype, {args.grad});
+    const int64_t items = ceil_div(args.size, kWidth<S>);
+    const Launch sums = sums_launch(args.samples, items), apply = apply_launch(args.samples, items);
+    launch("momentum_step", sums, stream, momentum_sums_kernel<S>, args, vectorised);
+    launch("momentum_step", apply, stream, momentum_apply_kernel<S>, args, int(sums.blocks), vectorised);
+  });
+}
+
 void linf_start_cuda(const StartArgs& args, void* stream) {
   if (args.samples == 0 || args.size == 0) return;
   const Launch plan = stream_launch(args.samples, ceil_div(args.size, 4));
@@ -324,7 +455,7 @@ void l2_step_cuda(const StepArgs& args, void* stream) {
 int64_t l2_workspace_cuda(int64_t samples, int64_t size, DType dtype) {
   bool fits = true;
   dispatch(dtype, [&](auto s) { fits = l2_on_chip_launch<decltype(s)>(samples, size).threads; });
-  return fits ? 0 : int64_t(sizeof(L2Sums)) * kL2Chunks * samples;
+  return fits ? 0 : int64_t(sizeof(L2Sums)) * kSumChunks * samples;
 }
 
 void l1_step_cuda(const StepArgs& args, void* stream) {

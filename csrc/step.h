@@ -22,6 +22,47 @@ struct StepArgs {
   FASTADV_FN double eps_of(int64_t sample) const { return radii ? radii[sample] : eps; }
 };
 
+// Scalars of a step with momentum.
+struct MomentumScalars {
+  double alpha, momentum, eps, lo, hi;
+  const double* alphas;  // [samples] or null: replaces alpha sample by sample; and so the others
+  const double* momenta;
+  const double* radii;
+
+  template <class T>
+  FASTADV_FN LinfStep<T> linf_of(int64_t sample) const {
+    return {T(alphas ? alphas[sample] : alpha), T(radii ? radii[sample] : eps), T(lo), T(hi)};
+  }
+  FASTADV_FN double momentum_of(int64_t sample) const { return momenta ? momenta[sample] : momentum; }
+};
+
+struct ApgdArgs {
+  void *adv, *old, *best;  // [samples, size] of dtype, as are image and x
+  void* best_grad;         // [samples, size] of grad_dtype, as is grad
+  void* image;
+  const void *grad, *x;
+  int64_t samples, size;
+  DType dtype, grad_dtype;  // as in StepArgs
+  MomentumScalars scalars;
+  const bool* better;  // [samples]: adv and grad become best and best_grad
+  const bool* taken;   // [samples]: adv becomes image
+
+  template <class T>
+  FASTADV_FN ApgdStep<T> step_of(int64_t sample) const {
+    const double momentum = scalars.momentum_of(sample);
+    return {scalars.linf_of<T>(sample), T(momentum), T(1.0 - momentum)};
+  }
+};
+
+struct MomentumArgs {
+  void *adv, *velocity;  // [samples, size] of dtype, as is x
+  const void *grad, *x;
+  int64_t samples, size;
+  DType dtype, grad_dtype;  // as in StepArgs
+  MomentumScalars scalars;
+  double* sums;  // on CUDA only: [samples, kSumChunks] to work in
+};
+
 struct StartArgs {
   void* out;      // [samples, size] of dtype
   const void* x;  // [samples, size] of dtype
@@ -35,13 +76,32 @@ struct StartArgs {
 void linf_step_cpu(const StepArgs& args, int threads);
 void l2_step_cpu(const StepArgs& args, int threads);
 void l1_step_cpu(const StepArgs& args, int threads);
+void apgd_step_cpu(const ApgdArgs& args, int threads);
+void momentum_step_cpu(const MomentumArgs& args, int threads);
 
 // A uniform start in the linf ball: element e of sample i takes word e % 4 of the Philox counter (e / 4, i) under the seed.
 void linf_start_cpu(const StartArgs& args, int threads);
 
+// The shortest d with <w, d> = gap and lo <= x + d <= hi, in one norm; point i takes plane i % planes.
+struct HyperplaneArgs {
+  void* out;           // [points, size] of dtype: d
+  const void* x;       // [points, size] of dtype
+  const void* w;       // [planes, size] of w_dtype
+  const double* gaps;  // [points]
+  int64_t points, planes, size;
+  DType dtype, w_dtype;
+  double lo, hi;
+};
+
+void linf_hyperplane_cpu(const HyperplaneArgs& args, int threads);
+void l2_hyperplane_cpu(const HyperplaneArgs& args, int threads);
+void l1_hyperplane_cpu(const HyperplaneArgs& args, int threads);
+
 void linf_step_cuda(const StepArgs& args, void* stream);
 void l2_step_cuda(const StepArgs& args, void* stream);
 void l1_step_cuda(const StepArgs& args, void* stream);
+void apgd_step_cuda(const ApgdArgs& args, void* stream);
+void momentum_step_cuda(const MomentumArgs& args, void* stream);
 void linf_start_cuda(const StartArgs& args, void* stream);
 
 // Bytes that l2_step_cuda needs in args.workspace on the current device: none where samples fit on chip.

@@ -3,15 +3,20 @@
 //   linf  one pass: read adv, grad, x, write out (16 bytes per fp32 element); an eager chain moves 44 to 60.
 //   l2    per sample, one pass for three sums and one to apply them; a sample is still in cache for the second.
 //   start one pass: read x, write out; the random numbers are computed, not stored.
+//   hyperplane  per sample: its pulls and rooms once, then a few passes over these in cache for the one number that is sought.
 //   l1    per sample: select the largest gradients, move, then find the one number of the exact projection.
+//   apgd  one pass: read adv, old, grad, x, write adv, old (24 bytes); what is remembered is copied from a piece in cache.
+//   momentum  per sample, one pass over the gradient for its size and one to move.
 //
 // Samples are independent and each is handled by one thread in a fixed order, so results are bit-identical for any number
 // of threads.
 #include "step.h"
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu.h"
@@ -41,6 +46,36 @@ template <class S, class G, class F>
 FASTADV_MULTIVERSION void apply(Piece<S, G> p, F f) {
 #pragma omp simd
   for (int64_t i = 0; i < p.size; ++i) store(p.out[i], f(load(p.adv[i]), load(p.grad[i]), load(p.x[i])));
+}
+
+template <class S, class G, class T>
+FASTADV_MULTIVERSION void apgd_move(S* adv, S* old, const G* grad, const S* x, int64_t size, ApgdStep<T> f) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const S before = adv[i];
+    store(adv[i], f(load(before), load(old[i]), load(grad[i]), load(x[i])));
+    old[i] = before;
+  }
+}
+
+template <class G>
+FASTADV_MULTIVERSION void sum_of_sizes(const G* grad, int64_t size, double& result) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) sum += std::abs(double(load(grad[i])));
+  result = sum;
+}
+
+template <class S, class G, class T>
+FASTADV_MULTIVERSION void momentum_move(S* adv, S* velocity, const G* grad, const S* x, int64_t size, Velocity<T> faster,
+                                        LinfStep<T> step) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    S v;  // the step is along the velocity as it is kept
+    store(v, faster(load(velocity[i]), load(grad[i])));
+    velocity[i] = v;
+    store(adv[i], step(load(adv[i]), load(v), load(x[i])));
+  }
 }
 
 // Elements [begin, end) of one sample; begin is a multiple of kGrain. Words are drawn for a block that stays in L1, then used.
@@ -121,6 +156,88 @@ FASTADV_MULTIVERSION void l1_length(const T* u, const S* x, int64_t size, L1Proj
   result = {total, sliding};
 }
 
+// Calls body(row, from, to) for each part of [begin, end) that lies in one row of that size.
+template <class Body>
+void for_each_row(int64_t begin, int64_t end, int64_t size, const Body& body) {
+  while (begin < end) {
+    const int64_t row = begin / size, stop = std::min(end, (row + 1) * size);
+    body(row, begin, stop);
+    begin = stop;
+  }
+}
+
+// One sample's pulls and rooms, which the passes to come read from cache.
+template <class S, class G, class T>
+FASTADV_MULTIVERSION void hyperplane_rooms(const S* x, const G* w, int64_t size, Hyperplane<T> plane, T* pull, T* room) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    pull[i] = plane.pull(T(load(w[i])));
+    room[i] = plane.room(T(load(w[i])), load(x[i]));
+  }
+}
+
+template <class T, bool kLinf>
+FASTADV_MULTIVERSION void hyperplane_reach(const T* pull, const T* room, int64_t size, HyperplaneStretch<T, kLinf> stretch,
+                                           HyperplaneReach& result) {
+  double full = 0, slope = 0;
+#pragma omp simd reduction(+ : full, slope)
+  for (int64_t i = 0; i < size; ++i) {
+    const double p = double(pull[i]);
+    const bool at_wall = stretch.at_wall(pull[i], room[i]);
+    full += at_wall ? p * double(room[i]) : 0.0;
+    slope += at_wall ? 0.0 : p * stretch.speed(pull[i]);
+  }
+  result = {full, slope};
+}
+
+template <class T>
+FASTADV_MULTIVERSION void hyperplane_total(const T* pull, const T* room, int64_t size, HyperplaneFill<T> fill, double& result) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < size; ++i) total += pull[i] >= fill.threshold ? fill.gain(pull[i], room[i]) : 0.0;
+  result = total;
+}
+
+template <class S, class G, class T, class F>
+FASTADV_MULTIVERSION void hyperplane_move(S* out, const G* w, const T* pull, const T* room, int64_t size, Hyperplane<T> plane,
+                                          F distance) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) store(out[i], plane.ahead(T(load(w[i]))) * distance(pull[i], room[i]));
+}
+
+// distance_of(far, pull, room) says how far the elements of a sample move, as a function of pull and room.
+template <class DistanceOf>
+void hyperplane(const HyperplaneArgs& args, int threads, const DistanceOf& distance_of) {
+  dispatch(args.dtype, args.w_dtype, [&](auto s, auto g) {
+    using S = decltype(s);
+    using T = arithmetic_t<S>;
+    const int64_t size = args.size;
+    parallel_chunks(args.points, rows_per_chunk(size), threads, [&](int64_t begin, int64_t end) {
+      std::vector<T> pull(size), room(size);
+      for (int64_t i = begin; i < end; ++i) {
+        S* out = static_cast<S*>(args.out) + i * size;
+        const auto* w = static_cast<const decltype(g)*>(args.w) + i % args.planes * size;
+        const auto plane = Hyperplane<T>::to(args.gaps[i], args.lo, args.hi);
+        hyperplane_rooms(static_cast<const S*>(args.x) + i * size, w, size, plane, pull.data(), room.data());
+        const double far = args.gaps[i] < 0.0 ? -args.gaps[i] : args.gaps[i];
+        hyperplane_move(out, w, pull.data(), room.data(), size, plane, distance_of(far, pull, room));
+      }
+    });
+  });
+}
+
+template <bool kLinf>
+void stretched_hyperplane(const HyperplaneArgs& args, int threads) {
+  hyperplane(args, threads, [](double far, const auto& pull, const auto& room) {
+    using Stretch = HyperplaneStretch<typename std::decay_t<decltype(pull)>::value_type, kLinf>;
+    return Stretch{hyperplane_stretch(far, [&](double t) {
+      HyperplaneReach at;
+      hyperplane_reach(pull.data(), room.data(), int64_t(pull.size()), Stretch{t}, at);
+      return at;
+    })};
+  });
+}
+
 template <class T>
 T largest_size(const T* u, int64_t size) {
   T largest = T(0);
@@ -140,10 +257,48 @@ void linf_step_cpu(const StepArgs& args, int threads) {
     const bool one_step_for_all = !args.alphas && !args.radii;
     const int64_t row = one_step_for_all ? args.samples * args.size : args.size;  // the stretch with constant scalars
     parallel_chunks(args.samples * args.size, kGrain, threads, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t sample = begin / row, stop = std::min(end, (sample + 1) * row);
-        apply(Piece<S, decltype(g)>(args, begin, stop - begin), step(sample));
-        begin = stop;
+      for_each_row(begin, end, row, [&](int64_t sample, int64_t from, int64_t to) {
+        apply(Piece<S, decltype(g)>(args, from, to - from), step(sample));
+      });
+    });
+  });
+}
+
+void apgd_step_cpu(const ApgdArgs& args, int threads) {
+  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) {
+    using S = decltype(s);
+    using G = decltype(g);
+    parallel_chunks(args.samples * args.size, kGrain, threads, [&](int64_t begin, int64_t end) {
+      for_each_row(begin, end, args.size, [&](int64_t sample, int64_t from, int64_t to) {
+        const auto image = [&](const void* data) { return static_cast<S*>(const_cast<void*>(data)) + from; };
+        const auto gradient = [&](const void* data) { return static_cast<G*>(const_cast<void*>(data)) + from; };
+        const size_t count = size_t(to - from);
+        if (args.better[sample]) {
+          std::memcpy(image(args.best), image(args.adv), count * sizeof(S));
+          std::memcpy(gradient(args.best_grad), gradient(args.grad), count * sizeof(G));
+        }
+        if (args.taken[sample]) std::memcpy(image(args.image), image(args.adv), count * sizeof(S));
+        apgd_move<S, G>(image(args.adv), image(args.old), gradient(args.grad), image(args.x), to - from,
+                        args.step_of<arithmetic_t<S>>(sample));
+      });
+    });
+  });
+}
+
+void momentum_step_cpu(const MomentumArgs& args, int threads) {
+  dispatch(args.dtype, args.grad_dtype, [&](auto s, auto g) {
+    using S = decltype(s);
+    using G = decltype(g);
+    using T = arithmetic_t<S>;
+    parallel_chunks(args.samples, rows_per_chunk(args.size), threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = i * args.size;
+        const G* grad = static_cast<const G*>(args.grad) + at;
+        double sum;
+        sum_of_sizes(grad, args.size, sum);
+        momentum_move(static_cast<S*>(args.adv) + at, static_cast<S*>(args.velocity) + at, grad,
+                      static_cast<const S*>(args.x) + at, args.size,
+                      Velocity<T>::from_sum(sum, args.scalars.momentum_of(i)), args.scalars.linf_of<T>(i));
       }
     });
   });
@@ -208,6 +363,23 @@ void l1_step_cpu(const StepArgs& args, int threads) {
         const T shrink = l1_shrink<T>(args.eps_of(i), length_at, [&] { return largest_size(u.data(), size); });
         l1_project(u.data(), piece.x, piece.out, size, L1Project<T>{shrink, lo, hi});
       }
+    });
+  });
+}
+
+void linf_hyperplane_cpu(const HyperplaneArgs& args, int threads) { stretched_hyperplane<true>(args, threads); }
+
+void l2_hyperplane_cpu(const HyperplaneArgs& args, int threads) { stretched_hyperplane<false>(args, threads); }
+
+void l1_hyperplane_cpu(const HyperplaneArgs& args, int threads) {
+  hyperplane(args, threads, [](double far, const auto& pull, const auto& room) {
+    using T = typename std::decay_t<decltype(pull)>::value_type;
+    using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+    const int64_t size = int64_t(pull.size());
+    return hyperplane_fill<T, Bits>(far, largest_size(pull.data(), size), [&](T threshold) {
+      double total;
+      hyperplane_total(pull.data(), room.data(), size, HyperplaneFill<T>{threshold, 0.0, far}, total);
+      return total;
     });
   });
 }

@@ -8,7 +8,7 @@ fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``f
 
 from . import attacks, functional, objectives, ops, reference
 from ._version import __version__
-from .attacks import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
+from .attacks import *  # noqa: F403 - the attacks
 from .machine import tune_allocator
 from .normalize import Normalize
 from .objectives import *  # noqa: F403 - the training methods
@@ -18,22 +18,17 @@ from .weights import AWP, RWP
 
 __all__ = [
     "AWP",
-    "PGD",
     "RWP",
-    "AttackInfo",
-    "NaNGradientWarning",
     "Normalize",
     "Profile",
     "__version__",
     "attacks",
-    "fgsm",
     "functional",
     "objectives",
     "ops",
-    "pgd",
     "profile",
     "reference",
     "tune_allocator",
     "use_backend",
 ]
-__all__ += objectives.__all__
+__all__ += attacks.__all__ + objectives.__all__

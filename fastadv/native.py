@@ -7,6 +7,7 @@ then says why, and fastadv.ops falls back.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -120,6 +121,56 @@ def _step(
         out.copy_(target)
 
 
+def apgd_step(
+    adv: Tensor,
+    old: Tensor,
+    best: Tensor,
+    best_grad: Tensor,
+    image: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    momentum: Scalar,
+    eps: Scalar,
+    lo: float,
+    hi: float,
+    better: Tensor,
+    taken: Tensor,
+) -> None:
+    _, *memory = alike(adv, adv, old, best, _readable(best_grad, adv), image, _readable(grad, adv), x)
+    flags = better.contiguous(), taken.contiguous()
+    _launch_momentum("apgd_step", memory, memory[-2], (alpha, momentum, eps), lo, hi, *flags)
+    copy_back((adv, old, best, best_grad, image), memory[:5])
+
+
+def momentum_step(
+    adv: Tensor,
+    velocity: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Scalar,
+    decay: Scalar,
+    eps: Scalar,
+    lo: float,
+    hi: float,
+) -> None:
+    _, *memory = alike(adv, adv, velocity, _readable(grad, adv), x)
+    sums = adv.new_empty(len(adv) * _C.launches.sum_chunks, dtype=torch.float64) if _on_gpu(adv) else None
+    _launch_momentum("momentum_step", memory, memory[-2], (alpha, decay, eps), lo, hi, sums)
+    copy_back((adv, velocity), memory[:2])
+
+
+def _launch_momentum(
+    name: str, memory: list[Tensor], grad: Tensor, scalars: tuple[Scalar, ...], lo: float, hi: float, *more: Tensor | None
+) -> None:
+    adv, samples = memory[0], len(memory[0])
+    values, tensors = zip(*(float64_per_sample(value, adv) for value in scalars), strict=True)
+    _launch(
+        name, adv, *map(_address, memory), samples, adv.numel() // samples if samples else 0, _DTYPES[adv.dtype],
+        _DTYPES[grad.dtype], *values, lo, hi, *map(_address, tensors), *map(_address, more),
+    )  # fmt: skip
+
+
 def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int) -> None:
     target, x = alike(out, x)
     eps, radii = float64_per_sample(eps, x)
@@ -135,6 +186,22 @@ def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: 
 linf_step = partial(_step, "linf_step")
 l2_step = partial(_step, "l2_step")
 l1_step = partial(_step, "l1_step")
+
+
+def _hyperplane(name: str, out: Tensor, x: Tensor, w: Tensor, gap: Tensor, lo: float, hi: float) -> None:
+    target, x, w = alike(out, x, _readable(w, x))
+    _, gaps = float64_per_sample(gap, x)
+    _launch(
+        name, x, target.data_ptr(), x.data_ptr(), w.data_ptr(), _address(gaps), len(x), len(w), math.prod(x.shape[1:]),
+        _DTYPES[x.dtype], _DTYPES[w.dtype], lo, hi,
+    )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
+
+
+linf_hyperplane = partial(_hyperplane, "linf_hyperplane")
+l2_hyperplane = partial(_hyperplane, "l2_hyperplane")
+l1_hyperplane = partial(_hyperplane, "l1_hyperplane")
 
 
 # --------------------------------------------------------------------------------------------------------- loss family

@@ -29,6 +29,7 @@ from .reference.step import Scalar
 STEPS = ("linf_step", "l2_step", "l1_step")
 UPDATES = ("apgd_step", "momentum_step")
 STARTS = ("linf_start",)
+HYPERPLANES = ("linf_hyperplane", "l2_hyperplane", "l1_hyperplane")
 WEIGHTS = ("weight_sums", "perturb")
 LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted", "kl", "se")
 ALL = (*STEPS, *UPDATES, *STARTS, *WEIGHTS, *LOSSES)
@@ -451,6 +452,69 @@ def linf_start(
     return out
 
 
+# ------------------------------------------------------------------------------------------------------------ hyperplanes
+
+
+def linf_hyperplane(
+    x: Tensor, w: Tensor, gap: Tensor, lo: float = -math.inf, hi: float = math.inf, *, out: Tensor | None = None
+) -> Tensor:
+    """The shortest moves d, in the linf norm, with ``<w, d> = gap`` and ``lo <= x + d <= hi``.
+
+    From x onto the hyperplane ``<w, x + d> = b`` for ``gap = b - <w, x>``. Where the box does not reach it, d goes to the
+    corner of the box that is nearest to it (Croce and Hein, "Minimally distorted adversarial examples", 2020).
+
+    Args:
+        x: [M, ...], floating, in the box. Not differentiable.
+        w: [N, ...], any floating dtype; M is N or a multiple of it, and point i takes plane ``i % N``. An element that is not
+            finite moves nothing.
+        gap: [M], floating. One that is not finite moves nothing.
+        lo, hi: bounds of every element.
+        out: tensor like x to write into; default: a new one.
+
+    Returns:
+        d, like x. Never NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or out is not like x.
+    """
+    return _hyperplane("linf_hyperplane", out, x, w, gap, lo, hi)
+
+
+def l2_hyperplane(
+    x: Tensor, w: Tensor, gap: Tensor, lo: float = -math.inf, hi: float = math.inf, *, out: Tensor | None = None
+) -> Tensor:
+    """:func:`linf_hyperplane` in the l2 norm."""
+    return _hyperplane("l2_hyperplane", out, x, w, gap, lo, hi)
+
+
+def l1_hyperplane(
+    x: Tensor, w: Tensor, gap: Tensor, lo: float = -math.inf, hi: float = math.inf, *, out: Tensor | None = None
+) -> Tensor:
+    """:func:`linf_hyperplane` in the l1 norm. Elements of equal ``|w|`` go the same fraction of their way."""
+    return _hyperplane("l1_hyperplane", out, x, w, gap, lo, hi)
+
+
+def _hyperplane(op: str, out: Tensor | None, x: Tensor, w: Tensor, gap: Tensor, lo: float, hi: float) -> Tensor:
+    if x.dim() < 1 or w.shape[1:] != x.shape[1:] or (len(x) % len(w) if len(w) else len(x)) or gap.shape != x.shape[:1]:
+        raise ValueError(
+            f"{op}: x [M, ...], w [N, ...] and gap [M] must agree, M being a multiple of N; got {_shapes(x, w, gap)}"
+        )
+    if not (x.is_floating_point() and w.is_floating_point() and gap.is_floating_point()):
+        raise ValueError(f"{op}: x, w and gap must be floating; got {x.dtype}, {w.dtype}, {gap.dtype}")
+    if not (x.device == w.device == gap.device):
+        raise ValueError(f"{op}: x, w and gap must be on one device; got {x.device}, {w.device}, {gap.device}")
+    if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
+        raise ValueError(f"{op}: out must be like x ({describe(x)}); got {describe(out)}")
+    if _through_dispatcher(x, w):
+        moved: Tensor = getattr(torch.ops.fastadv, op)(x.detach(), w.detach(), gap.detach(), lo, hi)
+        return moved if out is None else out.copy_(moved)
+    if out is None:
+        out = torch.empty_like(x)
+    _implementation_for(op, x)(out, x, w, gap, lo, hi)
+    _written(out)
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------------- losses
 
 Out = tuple[Tensor, Tensor] | None
@@ -758,6 +822,16 @@ def _register_start(op: str) -> None:
     _register(schema, kernel, lambda x, *_: torch.empty_like(x))
 
 
+def _register_hyperplane(op: str) -> None:
+    def kernel(x: Tensor, w: Tensor, gap: Tensor, lo: float, hi: float) -> Tensor:
+        out = torch.empty_like(x)
+        _implementation_for(op, x)(out, x, w, gap, lo, hi)
+        return out
+
+    schema = f"{op}(Tensor x, Tensor w, Tensor gap, float lo, float hi) -> Tensor"
+    _register(schema, kernel, lambda x, *_: torch.empty_like(x))
+
+
 def _register_loss(op: str, extra: str = "") -> None:
     def kernel(logits: Tensor, y: Tensor, *target: Tensor) -> tuple[Tensor, Tensor]:
         loss, grad = _loss_buffers(op, None, logits)
@@ -843,6 +917,8 @@ _register_update(
     "float lo, float hi",
 )
 _register_start("linf_start")
+for _op in HYPERPLANES:
+    _register_hyperplane(_op)
 _register_weights()
 for _op in ("ce", "log_odds", "margin", "dlr"):
     _register_loss(_op)

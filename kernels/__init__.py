@@ -10,6 +10,8 @@ OPS = {
     "linf_start": step.linf_start,
     "l2_step": step.l2_step,
     "l1_step": step.l1_step,
+    "apgd_step": step.apgd_step,
+    "momentum_step": step.momentum_step,
     "weight_sums": weights.weight_sums,
     "perturb": weights.perturb,
     "ce": loss.ce,

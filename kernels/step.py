@@ -2,6 +2,8 @@
 
 linf   one pass: read adv, grad, x, write out, 16 bytes per fp32 element, the least any step can move. A program handles BLOCK
        elements of one row; a row is the whole batch where alpha and eps are shared, else one sample.
+apgd   one pass: read adv, old, grad, x, write adv, old, 24 bytes; what is remembered goes out on the way.
+momentum  28 bytes: partial sums of the gradient, then the move, as l2 where a sample is large.
 start  one pass: read x, write out, 8 bytes. The random words are computed: one Philox counter serves four neighbours.
 l2     a sample of up to 32 KiB stays in one program's registers between its three sums and the move they fix: 16 bytes. A
        larger one takes two kernels, 28 bytes: partial sums, then the move, whose programs each add the partial sums up again
@@ -24,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastadv.memory import alike, device_of, float64_per_sample
+from fastadv.memory import alike, copy_back, device_of, float64_per_sample
 from fastadv.reference.step import Scalar
 
 from .common import arithmetic, on_chip, warps
@@ -69,6 +71,16 @@ def sign(b, ACC: tl.constexpr):
 
 
 @triton.jit
+def linf_project(b, b_x, eps, lo, hi):
+    return clamp(clamp(b, b_x - eps, b_x + eps), lo, hi)
+
+
+@triton.jit
+def linf_move(b_adv, b_grad, b_x, alpha, eps, lo, hi, ACC: tl.constexpr):
+    return linf_project(b_adv + alpha * sign(b_grad, ACC), b_x, eps, lo, hi)
+
+
+@triton.jit
 def linf_step_kernel(
     p_out, p_adv, p_grad, p_x, p_alphas, p_radii,
     alpha: tl.float64, eps: tl.float64, lo: tl.float64, hi: tl.float64, row_size, ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -80,8 +92,8 @@ def linf_step_kernel(
     m = o < row_size
     o += i_row * row_size
     b_adv, b_grad, b_x = load(p_adv, o, m, ACC), load(p_grad, o, m, ACC), load(p_x, o, m, ACC)
-    b = clamp(b_adv + alpha * sign(b_grad, ACC), b_x - eps, b_x + eps)
-    tl.store(p_out + o, clamp(b, lo, hi).to(p_out.dtype.element_ty), mask=m)
+    b = linf_move(b_adv, b_grad, b_x, alpha, eps, lo, hi, ACC)
+    tl.store(p_out + o, b.to(p_out.dtype.element_ty), mask=m)
 
 
 # The seed differs from call to call: specialising on its value would compile the kernel again.
@@ -104,6 +116,75 @@ def linf_start_kernel(
     m = o < size
     o += i_sample * size
     tl.store(p_out + o, clamp(load(p_x, o, m, ACC) + eps * b_u, lo, hi).to(p_out.dtype.element_ty), mask=m)
+
+
+# ----------------------------------------------------------------------------------------------------------------- momentum
+
+
+@triton.jit
+def apgd_step_kernel(
+    p_adv, p_old, p_best, p_best_grad, p_image, p_grad, p_x, p_better, p_taken, p_alphas, p_momenta, p_radii,
+    alpha: tl.float64, momentum: tl.float64, eps: tl.float64, lo: tl.float64, hi: tl.float64, size,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_sample, i_block = place(size, BLOCK)
+    alpha, eps = scalar(alpha, p_alphas, i_sample, ACC), scalar(eps, p_radii, i_sample, ACC)
+    momentum = scalar(momentum, p_momenta, i_sample, tl.float64)
+    momentum, inertia = momentum.to(ACC), (1.0 - momentum).to(ACC)
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    m = o < size
+    o += i_sample * size
+    b_as_kept, b_grad = tl.load(p_adv + o, mask=m, other=0.0), tl.load(p_grad + o, mask=m, other=0.0)
+    b_adv, b_old, b_x = b_as_kept.to(ACC), load(p_old, o, m, ACC), load(p_x, o, m, ACC)
+    if tl.load(p_better + i_sample) != 0:
+        tl.store(p_best + o, b_as_kept, mask=m)
+        tl.store(p_best_grad + o, b_grad, mask=m)
+    if tl.load(p_taken + i_sample) != 0:
+        tl.store(p_image + o, b_as_kept, mask=m)
+    b_z = linf_move(b_adv, b_grad.to(ACC), b_x, alpha, eps, lo, hi, ACC)
+    b = linf_project(b_adv + momentum * (b_z - b_adv) + inertia * (b_adv - b_old), b_x, eps, lo, hi)
+    tl.store(p_old + o, b_as_kept, mask=m)
+    tl.store(p_adv + o, b.to(p_adv.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def momentum_sums_kernel(p_sums, p_grad, size, span, PARTS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """sums[i_sample, i_part]: |grad|_1 of `span` elements of a sample, a multiple of BLOCK."""
+    i_sample, i_part = (tl.program_id(0) // PARTS).to(tl.int64), (tl.program_id(0) % PARTS).to(tl.int64)
+    left = size - i_part * span  # elements of the sample from here on
+    p_grad += i_sample * size + i_part * span
+    b_sum = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, span, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        b_sum += tl.abs(load(p_grad, o, o < left, ACC)).to(tl.float64)
+    tl.store(p_sums + i_sample * PARTS + i_part, tl.sum(b_sum, 0))
+
+
+@triton.jit
+def momentum_apply_kernel(
+    p_adv, p_velocity, p_grad, p_x, p_alphas, p_decays, p_radii,
+    alpha: tl.float64, decay: tl.float64, eps: tl.float64, lo: tl.float64, hi: tl.float64, p_sums, size,
+    PARTS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+):  # fmt: skip
+    i_sample, i_block = place(size, BLOCK)
+    alpha, eps = scalar(alpha, p_alphas, i_sample, ACC), scalar(eps, p_radii, i_sample, ACC)
+    decay = scalar(decay, p_decays, i_sample, ACC)
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    o_part = tl.arange(0, BLOCK_PARTS)
+    sum = tl.sum(tl.load(p_sums + i_sample * PARTS + o_part, mask=o_part < PARTS, other=0.0), 0)
+    adds = (sum > 0) & (sum < float("inf"))  # a zero or NaN gradient does not
+    sum = tl.where(adds, sum, 1.0)
+    unit = tl.where(sum < 2.0**-64, 2.0**64, tl.where(sum > 2.0**64, 2.0**-64, 1.0))
+    share, unit = (1.0 / (sum * unit)).to(ACC), unit.to(ACC)  # see csrc/math.h
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    m = o < size
+    o += i_sample * size
+    b_added = tl.where(adds, share * (load(p_grad, o, m, ACC) * unit), 0.0)  # 0 * NaN would be NaN
+    b_velocity = (decay * load(p_velocity, o, m, ACC) + b_added).to(p_velocity.dtype.element_ty)
+    tl.store(p_velocity + o, b_velocity, mask=m)
+    b = linf_move(load(p_adv, o, m, ACC), b_velocity.to(ACC), load(p_x, o, m, ACC), alpha, eps, lo, hi, ACC)
+    tl.store(p_adv + o, b.to(p_adv.dtype.element_ty), mask=m)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- l2
@@ -323,9 +404,9 @@ def l1_step_kernel(
 
 # ----------------------------------------------------------------------------------------------------------------- launches
 
-STREAM_BLOCK = 1024  # linf, start: 8 elements a thread, two 16-byte loads of each fp32 tensor in flight
+STREAM_BLOCK = 1024  # linf, apgd, start: 8 elements a thread, two 16-byte loads of each fp32 tensor in flight
 L2_ON_CHIP_KIB = 32  # of each of adv, grad and x; twice that spills registers
-L2_BLOCK, L2_PARTS = 2048, 256  # a large sample is summed in up to 256 parts: few enough to be added up again by every program
+SUM_BLOCK, SUM_PARTS = 2048, 256  # a large sample is summed in up to 256 parts: few enough to be added up again by every program
 L1_BLOCK_KIB = 16
 
 
@@ -344,6 +425,12 @@ def _step(
         out.copy_(target)
 
 
+def sum_parts(size: int) -> tuple[int, int]:
+    """In how many parts a sample is summed, and how many elements a part has."""
+    span = triton.cdiv(triton.cdiv(size, SUM_BLOCK), SUM_PARTS) * SUM_BLOCK
+    return triton.cdiv(size, span), span
+
+
 def _launch_linf(target: Tensor, adv: Tensor, grad: Tensor, x: Tensor, alphas: Any, radii: Any, *scalars: float) -> None:
     row_size = adv.numel() if alphas is None and radii is None else adv.numel() // adv.shape[0]
     linf_step_kernel[(adv.numel() // row_size * triton.cdiv(row_size, STREAM_BLOCK),)](
@@ -360,15 +447,14 @@ def _launch_l2(target: Tensor, adv: Tensor, grad: Tensor, x: Tensor, *scalars: A
             target, adv, grad, x, *scalars, size, ACC=acc, BLOCK=block, num_warps=warps(block, 16), enable_fp_fusion=False,
         )  # fmt: skip
         return
-    span = triton.cdiv(triton.cdiv(size, L2_BLOCK), L2_PARTS) * L2_BLOCK
-    parts = triton.cdiv(size, span)
+    parts, span = sum_parts(size)
     sums = torch.empty(samples, 3, parts, dtype=torch.float64, device=adv.device)
     l2_sums_kernel[(samples * parts,)](
-        sums, adv, grad, x, size, span, PARTS=parts, ACC=acc, BLOCK=L2_BLOCK, num_warps=8, enable_fp_fusion=False,
+        sums, adv, grad, x, size, span, PARTS=parts, ACC=acc, BLOCK=SUM_BLOCK, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    l2_apply_kernel[(samples * triton.cdiv(size, L2_BLOCK),)](
+    l2_apply_kernel[(samples * triton.cdiv(size, SUM_BLOCK),)](
         target, adv, grad, x, *scalars, sums, size, PARTS=parts,
-        ACC=acc, BLOCK=L2_BLOCK, BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=8, enable_fp_fusion=False,
+        ACC=acc, BLOCK=SUM_BLOCK, BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -387,6 +473,47 @@ def _launch_l1(target: Tensor, adv: Tensor, grad: Tensor, x: Tensor, *scalars_an
 linf_step = partial(_step, _launch_linf)
 l2_step = partial(_step, _launch_l2)
 l1_step = partial(_step, _launch_l1)
+
+
+def apgd_step(
+    adv: Tensor, old: Tensor, best: Tensor, best_grad: Tensor, image: Tensor, grad: Tensor, x: Tensor,
+    alpha: Scalar, momentum: Scalar, eps: Scalar, lo: float, hi: float, better: Tensor, taken: Tensor,
+) -> None:  # fmt: skip
+    """Auto-PGD's move, in place; arguments as :func:`fastadv.ops.apgd_step_`."""
+    _, *memory = alike(adv, adv, old, best, best_grad, image, grad, x)
+    values, tensors = zip(*(float64_per_sample(value, adv) for value in (alpha, momentum, eps)), strict=True)
+    flags = (flag.contiguous().view(torch.uint8) for flag in (better, taken))
+    if adv.numel():
+        size = adv.numel() // len(adv)
+        with device_of(adv):
+            apgd_step_kernel[(len(adv) * triton.cdiv(size, STREAM_BLOCK),)](
+                *memory, *flags, *tensors, *values, lo, hi, size,
+                ACC=arithmetic(adv), BLOCK=STREAM_BLOCK, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+    copy_back((adv, old, best, best_grad, image), memory[:5])
+
+
+def momentum_step(
+    adv: Tensor, velocity: Tensor, grad: Tensor, x: Tensor, alpha: Scalar, decay: Scalar, eps: Scalar, lo: float, hi: float
+) -> None:
+    """MI-FGSM's step, in place; arguments as :func:`fastadv.ops.momentum_step_`."""
+    _, *memory = alike(adv, adv, velocity, grad, x)
+    values, tensors = zip(*(float64_per_sample(value, adv) for value in (alpha, decay, eps)), strict=True)
+    if adv.numel():
+        samples, size = len(adv), adv.numel() // len(adv)
+        parts, span = sum_parts(size)
+        sums = torch.empty(samples, parts, dtype=torch.float64, device=adv.device)
+        with device_of(adv):
+            momentum_sums_kernel[(samples * parts,)](
+                sums, memory[2], size, span,
+                PARTS=parts, ACC=arithmetic(adv), BLOCK=SUM_BLOCK, num_warps=8, enable_fp_fusion=False,
+            )  # fmt: skip
+            momentum_apply_kernel[(samples * triton.cdiv(size, SUM_BLOCK),)](
+                *memory, *tensors, *values, lo, hi, sums, size, PARTS=parts,
+                ACC=arithmetic(adv), BLOCK=SUM_BLOCK, BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=8,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+    copy_back((adv, velocity), memory[:2])
 
 
 def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int) -> None:

@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 # What engine="auto" measures under tests is nothing for the user's own file.
 os.environ["FASTADV_CACHE"] = tempfile.mkdtemp(prefix="fastadv-tests-")
 
+from ways import own_choices, recorder, way  # noqa: F401 - fixtures, which import fastadv
+
 # Several processes of several threads each would wait for one another, tens of times over.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 

@@ -35,69 +35,13 @@ from models import (
     trained_lenet,
 )
 from torch import nn
+from ways import aot
 
 import fastadv
 from fastadv.engine import choices, engine, graphs
 
-
-@pytest.fixture(autouse=True)
-def own_choices(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTADV_CACHE", str(tmp_path))
-    return tmp_path
-
-
-class Recorder:
-    """In place of torch's CUDA graphs: keeps the recorded steps alive no longer than the engine does."""
-
-    def __init__(self) -> None:
-        self.recorded: list[weakref.ref] = []
-        self.replays = 0
-
-    def record(self, step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        self.recorded.append(weakref.ref(step.__self__))
-        loop = step.__self__
-        recorded_at = {name: t.data_ptr() for name, t in vars(loop).items() if isinstance(t, torch.Tensor)}
-
-        def replay() -> None:
-            for name in loop.STATE:  # a graph reads and writes addresses
-                t = getattr(loop, name)
-                assert not isinstance(t, float), f"{name} would be baked into the recording"
-                assert t is None or t.data_ptr() == recorded_at[name]
-            self.replays += 1
-            loop.step()
-
-        return replay
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(graphs, "available", lambda device: True)
-    monkeypatch.setattr(graphs, "record", recorder.record)
-    return recorder
-
-
-def aot(function, **options):
-    """torch.compile up to the point where code is generated, which is slow and not ours."""
-    return COMPILE(function, **{**options, "backend": "aot_eager"})
-
-
-COMPILE = torch.compile
-
-
 # ------------------------------------------------------------------------------- the contracts of an attack, by engine
 
-WAYS = {
-    "eager": {},
-    "graph": {"engine": "graph"},
-    "compile": {"engine": "compile"},
-    "auto": {"engine": "auto"},
-    "twin": {"twin": True},
-    "bf16": {"precision": "bf16"},
-    "fp16": {"precision": "fp16"},
-    "signs": {"memory": "signs"},
-    "graph of a twin in bf16": {"engine": "graph", "twin": True, "precision": "bf16"},
-}
 OPTIONS = {
     "plain": {},
     "l2": {"norm": "l2", "eps": 0.5},
@@ -109,14 +53,6 @@ OPTIONS = {
     "eps each": {"eps": torch.linspace(0.01, 0.06, 6), "alpha": torch.linspace(0.005, 0.01, 6)},
     "bn batch": {"bn": "batch"},
 }
-
-
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    monkeypatch.setattr(torch, "compile", aot)
-    if "graph" in request.param:
-        request.getfixturevalue("recorder")
-    return WAYS[request.param]
 
 
 def attack_by(way, net, **options):

@@ -46,8 +46,8 @@ def test_l2_on_chip_fits_the_device(device):
         plan = launches.l2(sms, shared, cluster, samples, items, width)
         if plan[2] == 0:  # not on chip: then it could not have been
             assert -(-items // cluster) * width > shared - 1024
-            check(launches.l2_sums(samples, items))
-            check(launches.l2_apply(samples, items))
+            check(launches.sums(samples, items))
+            check(launches.apply(samples, items))
             continue
         check(plan, shared - 1024, cluster)
         assert plan[3] * plan[4] >= items * width  # the blocks of a cluster hold all of the sample

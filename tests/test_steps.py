@@ -150,10 +150,10 @@ def test_an_infinite_l2_gradient_moves_nothing(backend):
 
 
 def test_l2_sums_of_a_large_sample_in_few_parts(monkeypatch):
-    """A sample of more than L2_PARTS blocks gives each program of the Triton kernel several of them, the last ones fewer."""
+    """A sample of more than SUM_PARTS blocks gives each program of the Triton kernel several of them, the last ones fewer."""
     kernels = pytest.importorskip("fastadv.kernels")
-    monkeypatch.setattr(kernels.step, "L2_PARTS", 3)
-    adv, grad, x = step_inputs((2, 9 * kernels.step.L2_BLOCK + 77), torch.float32, torch.float32)
+    monkeypatch.setattr(kernels.step, "SUM_PARTS", 3)
+    adv, grad, x = step_inputs((2, 9 * kernels.step.SUM_BLOCK + 77), torch.float32, torch.float32)
     expected = reference.l2_step(adv.double(), grad.double(), x.double(), 0.5, 1.0, 0.0, 1.0)
     result = run("l2_step", "triton", adv, grad, x, 0.5, 1.0, 0.0, 1.0)
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=ROUNDING[torch.float32])

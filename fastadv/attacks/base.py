@@ -136,15 +136,19 @@ class Attack:
             batch.forwards += clean is not None
             with torch.no_grad():
                 adv = batch.inputs(self._attack(batch))
-                logits = Passes(model).logits(adv)
+                logits = Passes(model, check=passes.check).logits(adv)  # if this is the first of all
                 success = batch.fooled(logits)
-            distance = norms(adv.to(centre.dtype) - centre, self.norm).masked_fill(~success, math.inf)
+            distance = self._lengths(adv.to(centre.dtype) - centre).masked_fill(~success, math.inf)
         self.info = self._told(AttackInfo(success, distance=distance, forwards=batch.forwards + 1, queries=batch.queries + 1))
         return adv
 
     def _attack(self, batch: Batch) -> Tensor:
         """Images like ``batch.x``, in ball and box. Under no_grad, inside :func:`fastadv.engine.attacking`."""
         raise NotImplementedError
+
+    def _lengths(self, d: Tensor) -> Tensor:
+        """Of perturbations [N, ...], in the attack's norm, [N]."""
+        return norms(d, self.norm)
 
     def _told(self, info: AttackInfo) -> AttackInfo:
         """Adds what this attack tells besides."""

@@ -37,14 +37,10 @@ class Draws:
         """The same samples' draws for another purpose."""
         return Draws(self.seed, self.samples, stream)
 
-    def uniform(self, step: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, *shape], uniform in [0, 1) with 24 bits."""
-        size = math.prod(shape)
-        counter = torch.arange((size + 3) // 4, device=self.samples.device).expand(len(self), -1)
-        sample = self.samples[:, None].expand_as(counter)
-        key = self.seed ^ (self.stream * _GOLDEN & 2**64 - 1)
-        words = torch.stack(philox(key, counter, torch.full_like(counter, step), sample & _WORD, sample >> 32), -1)
-        return ((words.flatten(1)[:, :size] >> 8).to(dtype) * 2.0**-24).view(len(self), *shape)
+    def uniform(self, step: int | Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, *shape], uniform in [0, 1) with 24 bits. ``step`` may be counted on the device, in a tensor []."""
+        words = self._words(step, math.prod(shape))
+        return ((words >> 8).to(dtype) * 2.0**-24).view(len(self), *shape)
 
     def normal(self, step: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, *shape], standard normal (Box and Muller)."""
@@ -61,4 +57,14 @@ class Draws:
 
     def signs(self, step: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, *shape] of -1 and 1."""
-        return (self.uniform(step, *shape) < 0.5).to(dtype).mul_(2).sub_(1)
+        size = math.prod(shape)
+        bits = self._words(step, (size + 31) // 32)[:, :, None] >> torch.arange(32, device=self.samples.device) & 1
+        return bits.to(dtype).flatten(1)[:, :size].mul_(2).sub_(1).view(len(self), *shape)
+
+    def _words(self, step: int | Tensor, size: int) -> Tensor:
+        """[N, size], 32 random bits each, in int64."""
+        counter = torch.arange((size + 3) // 4, device=self.samples.device).expand(len(self), -1)
+        sample = self.samples[:, None].expand_as(counter)
+        key = self.seed ^ (self.stream * _GOLDEN & 2**64 - 1)
+        words = torch.stack(philox(key, counter, torch.zeros_like(counter) + step, sample & _WORD, sample >> 32), -1)
+        return words.flatten(1)[:, :size]

@@ -109,6 +109,7 @@ def whole(flags: Tensor, images: Tensor) -> Tensor:
     return flags.view(-1, *[1] * (images.dim() - 1))
 
 
+@torch.enable_grad()
 def drive(
     engine: Engine,
     loop: S,

@@ -104,10 +104,13 @@ def _on_error(roll_back: Callable[[], None]) -> Callable[..., None]:
     return on_exit
 
 
-def input_gradient(logits: Tensor, inputs: Tensor, dlogits: Tensor) -> Tensor:
-    """The gradient of ``<logits, dlogits>`` with respect to ``inputs`` and to nothing else; no ``.grad`` is touched."""
+def input_gradient(logits: Tensor, inputs: Tensor, dlogits: Tensor, again: bool = False) -> Tensor:
+    """The gradient of ``<logits, dlogits>`` with respect to ``inputs`` and to nothing else; no ``.grad`` is touched.
+
+    ``again``: another one of the same logits will follow.
+    """
     if logits.requires_grad:
-        (gradient,) = torch.autograd.grad(logits, inputs, dlogits, allow_unused=True)
+        (gradient,) = torch.autograd.grad(logits, inputs, dlogits, retain_graph=again, allow_unused=True)
         if gradient is not None:
             return gradient
     raise ValueError(

@@ -104,22 +104,51 @@ class Passes:
             gradient = input_gradient(logits, inputs, cotangent)
         return values, losses, gradient
 
+    def gradients(self, inputs: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the input gradients [K, N, ...], to scale, of K sums of them with weights ``cotangents`` [K, N, C]."""
+        logits = self.logits(inputs.requires_grad_())
+        last = len(cotangents) - 1
+        with mark("model backward"):
+            found = [input_gradient(logits, inputs, self.cotangent(c), again=k < last) for k, c in enumerate(cotangents)]
+        return logits.detach(), torch.stack([self.to_scale(g, c) for g, c in zip(found, cotangents, strict=True)])
+
+    def pullback(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits, and the gradient with respect to ``inputs`` by that of the logits [N, C]: several of them from one forward.
+
+        Each up to its scale, as in :meth:`gradient`. Not compiled.
+        """
+        logits = self.logits(inputs.requires_grad_())
+
+        def gradient(dlogits: Tensor) -> Tensor:
+            with mark("model backward"):
+                return input_gradient(logits, inputs, self.cotangent(dlogits), again=True)
+
+        return logits.detach(), gradient
+
     def cotangent(self, dlogits: Tensor) -> Tensor:
         """``dlogits``, scaled for fp16 so that gradients deep in the model do not underflow.
 
         A step uses the direction of each sample's gradient alone; where samples are coupled, that of the whole batch's.
         """
+        return dlogits if self.dtype != torch.float16 else dlogits * self._scale(dlogits)
+
+    def to_scale(self, gradient: Tensor, dlogits: Tensor) -> Tensor:
+        """What :meth:`gradient` gave for ``dlogits``, with that scale taken out, for who needs its length."""
         if self.dtype != torch.float16:
-            return dlogits
+            return gradient
+        return gradient / self._scale(dlogits).view(-1, *[1] * (gradient.dim() - 1))
+
+    def _scale(self, dlogits: Tensor) -> Tensor:
         largest = dlogits.abs().amax() if self.coupled else dlogits.abs().amax(1, keepdim=True)
         least = FP16_SCALE * torch.finfo(dlogits.dtype).tiny  # of what is zero, the scale stays finite
-        return dlogits * (FP16_SCALE / largest.clamp(min=least))
+        return FP16_SCALE / largest.clamp(min=least)
 
 
 class CompiledPasses(Passes):
-    """Forward pass, loss and input gradient as one compiled graph, for one shape of inputs.
+    """Forward pass, loss and input gradient as one compiled graph, for one shape of inputs; the forward alone as another.
 
-    ``torch.func.vjp`` and not ``torch.autograd.grad``, which torch.compile cannot see through.
+    Each is compiled when it is first asked for. ``torch.func.vjp`` and not ``torch.autograd.grad``, which torch.compile
+    cannot see through.
     """
 
     def __init__(self, eager: Passes) -> None:
@@ -133,12 +162,35 @@ class CompiledPasses(Passes):
             (gradient,) = pullback(self.cotangent(losses[1]))
             return logits, losses, gradient
 
-        # torch counts recompilations by code object, and stops at eight: each model and shape gets one of its own.
-        own = types.FunctionType(whole.__code__.replace(), globals(), whole.__name__, None, whole.__closure__)
-        self._whole: Callable[..., tuple[Tensor, Losses, Tensor]] = torch.compile(own, dynamic=False, fullgraph=True)
+        def several(inputs: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+            pullback: Callable[[Tensor], tuple[Tensor]]
+            logits, pullback = torch.func.vjp(lambda x: self.widened(self.answer(x)), inputs)  # type: ignore[misc]
+            return logits, torch.stack([self.to_scale(pullback(self.cotangent(c))[0], c) for c in cotangents.unbind()])
+
+        def forward(inputs: Tensor) -> Tensor:
+            return self.widened(self.answer(inputs))
+
+        self._whole: Callable[..., tuple[Tensor, Losses, Tensor]] = _compiled(whole)
+        self._several: Callable[..., tuple[Tensor, Tensor]] = _compiled(several)
+        self._forward: Callable[[Tensor], Tensor] = _compiled(forward)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        with mark("model forward, compiled"), torch.no_grad():
+            return self._forward(inputs.detach())
 
     def gradient(
         self, inputs: Tensor, loss: Loss, y: Tensor | None, reference: Tensor | None, out: Losses | None = None
     ) -> tuple[Tensor, Losses, Tensor]:
         with mark("model forward and backward, compiled"), torch.no_grad():
             return self._whole(inputs.detach(), loss, y, reference)
+
+    def gradients(self, inputs: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        with mark("model forward and backward, compiled"), torch.no_grad():
+            return self._several(inputs.detach(), cotangents)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch counts recompilations by code object, and stops at eight: each model and shape gets one of its own."""
+    assert isinstance(function, types.FunctionType)
+    own = types.FunctionType(function.__code__.replace(), globals(), function.__name__, None, function.__closure__)
+    return torch.compile(own, dynamic=False, fullgraph=True)

@@ -11,7 +11,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .weights import widest
 
 Scalar = float | Tensor
 
@@ -220,3 +223,62 @@ def project_l1_box(u: Tensor, eps: Scalar, low: Tensor, high: Tensor) -> Tensor:
     shrink = corners.gather(1, last) + (length.gather(1, last) - eps) / sliding.gather(1, last).clamp(min=1)
     shrink = torch.where(full > eps, shrink, torch.zeros_like(shrink))
     return u.sign() * torch.minimum((size - shrink).clamp(min=0), room)
+
+
+# The shortest move d [M, ...] of points x [M, ...] with <w, d> = gap [M], inside the box lo <= x + d <= hi: from x onto the
+# hyperplane <w, x + d> = b for gap = b - <w, x>. Point i takes plane i % N of w [N, ...]. Where the box does not reach the
+# plane, d goes to the corner of the box that is nearest to it. Each element moves towards the plane, by at most its room;
+# elements of w that are not finite take no part, and a gap that is not finite moves nothing.
+
+
+def linf_hyperplane(x: Tensor, w: Tensor, gap: Tensor, lo: float = -math.inf, hi: float = math.inf) -> Tensor:
+    """The least ``max |d_i|``: all elements with a say move equally far, or to their wall (Croce and Hein, 2020)."""
+    ahead, pull, room, far = _towards(x, w, gap, lo, hi)
+    return _moved(x, ahead, _stretched(pull, torch.ones_like(pull), room, far))
+
+
+def l2_hyperplane(x: Tensor, w: Tensor, gap: Tensor, lo: float = -math.inf, hi: float = math.inf) -> Tensor:
+    """The least ``|d|_2``: elements move in proportion to ``|w_i|``, or to their wall (Croce and Hein, 2020)."""
+    ahead, pull, room, far = _towards(x, w, gap, lo, hi)
+    return _moved(x, ahead, _stretched(pull, pull, room, far))
+
+
+def l1_hyperplane(x: Tensor, w: Tensor, gap: Tensor, lo: float = -math.inf, hi: float = math.inf) -> Tensor:
+    """The least ``|d|_1``: elements go to their wall in the order of ``|w_i|`` until the plane is reached; of equal ones, all
+    go the same fraction of their way (Croce and Hein, 2020)."""
+    ahead, pull, room, far = _towards(x, w, gap, lo, hi)
+    room = torch.minimum(room, (far / pull).nan_to_num(math.inf))  # one element alone need not go farther
+    ranked, order = pull.sort(1)
+    gained = F.pad((pull * room).gather(1, order).cumsum(1), (1, 0))  # by the elements of lesser |w|
+    lesser = gained.gather(1, torch.searchsorted(ranked, pull))
+    not_greater = gained.gather(1, torch.searchsorted(ranked, pull, right=True))
+    greater, equal = gained[:, -1:] - not_greater, not_greater - lesser
+    fraction = ((far - greater) / equal).nan_to_num(0.0).clamp(0, 1)
+    return _moved(x, ahead, fraction * room)
+
+
+def _towards(x: Tensor, w: Tensor, gap: Tensor, lo: float, hi: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By rows: which way each element moves (-1, 0, 1), ``|w|``, the distance to the wall ahead, and ``|gap|`` [M, 1]."""
+    p, g = rows(x).to(widest(x)), gap.to(widest(x))[:, None].nan_to_num(0.0, 0.0, 0.0)
+    v = rows(w).to(p.dtype).nan_to_num(0.0, 0.0, 0.0).repeat(len(x) // max(len(w), 1), 1)
+    ahead = v.sign() * g.sign()
+    room = torch.where(ahead > 0, hi - p, p - lo).clamp(min=0).masked_fill(ahead == 0, 0.0)
+    return ahead, v.abs(), room, g.abs()
+
+
+def _stretched(pull: Tensor, speed: Tensor, room: Tensor, far: Tensor) -> Tensor:
+    """``min(t speed, room)`` for the t at which ``<pull, min(t speed, room)> = far``; the room where no t does it.
+
+    The product rises piecewise linearly in t, less and less: elements come to their wall at ``room / speed``.
+    """
+    corners, order = (room / speed).nan_to_num(math.inf, math.inf).sort(1)
+    full = (pull * room).gather(1, order).cumsum(1)  # of the elements at their wall
+    slope = F.pad((pull * speed).gather(1, order).flip(1).cumsum(1).flip(1), (0, 1))  # of those before it
+    reached = full + corners * slope[:, 1:]
+    walls = (reached < far).sum(1, keepdim=True)  # how many elements are at their wall when the plane is reached
+    t = (far - F.pad(full, (1, 0)).gather(1, walls)) / slope.gather(1, walls)
+    return torch.minimum((t * speed).nan_to_num(math.inf, math.inf), room)
+
+
+def _moved(x: Tensor, ahead: Tensor, distance: Tensor) -> Tensor:
+    return torch.where(ahead == 0, 0.0, ahead * distance).to(x.dtype).reshape(x.shape)

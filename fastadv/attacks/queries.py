@@ -1,0 +1,168 @@
+"""Attacks without gradients: how they ask the model, so that every engine can answer, and how a search by trials is driven."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..engine import Engine, Loop, Losses, Passes, round_towards
+from ..reference.step import per_sample
+from .base import Batch
+from .draws import Draws
+from .search import bucket
+
+CHUNK = 64  # trials prepared together, at most; between chunks those who are fooled leave the batch
+TOGETHER = 1024  # images in one forward pass, where a sample asks about many at once: what bounds the memory
+
+W = TypeVar("W", bound="Walk")
+
+
+@dataclass(kw_only=True)
+class Query(Loop):
+    """One forward pass of ``adv``, which the attack writes in place between the steps, to ``logits``."""
+
+    STATE: ClassVar[tuple[str, ...]] = ("adv",)
+    SCRATCH: ClassVar[tuple[str, ...]] = ("logits",)
+
+    adv: Tensor
+    logits: Tensor = None  # type: ignore[assignment]
+
+    def step(self) -> None:
+        with torch.no_grad():
+            self.logits = self.passes.logits(self.inputs())
+
+    def inputs(self) -> Tensor:
+        """The images as the model gets them."""
+        return self.adv
+
+
+def ask(engine: Engine, batch: Batch, images: Tensor) -> Tensor:
+    """Logits [M, C] of images [M, ...] of whatever samples. Forwards are counted, queries are not."""
+    batch.forwards += 1
+    query = Query(adv=images)
+    query.passes = batch.passes
+    run = engine.run(query, batch.model, part=len(images) != TOGETHER)
+    run.step()
+    return run.loop.logits.clone()  # a recorded step answers into memory that the next one overwrites
+
+
+@dataclass(kw_only=True)
+class Walk(Query):
+    """The best images of some samples so far. A trial is written into ``adv`` and judged by the answer."""
+
+    STATE: ClassVar[tuple[str, ...]] = ("adv", "x", "y", "samples", "eps", "score", "standing", "queries")
+    SCRATCH: ClassVar[tuple[str, ...]] = ("logits", "losses")
+    SETTINGS: ClassVar[tuple[str, ...]] = ("dtype", "norm", "lo", "hi", "targeted")
+    RESULTS: ClassVar[tuple[str, ...]] = ("adv", "score", "standing", "queries")  # what a part of the batch brings home
+
+    x: Tensor
+    y: Tensor
+    samples: Tensor
+    eps: Tensor
+    score: Tensor  # [N], which is to rise
+    standing: Tensor  # [N], whether the model is not fooled yet
+    queries: Tensor
+    dtype: torch.dtype
+    norm: str
+    lo: float
+    hi: float
+    targeted: bool
+    draws: Draws
+    losses: Losses | None = None
+
+    @classmethod
+    def over(cls: type[W], batch: Batch, **state: Tensor) -> W:
+        """A walk that starts from the clean images."""
+        x = batch.x.clone()  # dense, and what is made of it alike
+        # A tensor and not a number, which a recording would make one of: the kind of inputs is to stay the same.
+        eps = torch.as_tensor(batch.eps, dtype=torch.float64, device=x.device).expand(len(x)).clone()
+        walk = cls(
+            adv=x.clone(), x=x, y=batch.y, samples=batch.draws.samples, eps=eps, score=x.new_full((len(x),), -math.inf),
+            standing=torch.ones_like(batch.y, dtype=torch.bool), queries=batch.queries, dtype=batch.dtype, norm=batch.norm,
+            lo=batch.lo, hi=batch.hi, targeted=batch.targeted, draws=batch.draws, **state,
+        )  # fmt: skip
+        walk.passes = batch.passes
+        return walk
+
+    def drawing(self) -> Draws:
+        """What the samples that are left draw."""
+        return Draws(self.draws.seed, self.samples, self.draws.stream)
+
+    def judged(self) -> Tensor:
+        """Takes note of the last answer; returns for whom the present image is the best so far, [N]."""
+        self.queries += self.standing
+        score, fooled = self.scored(self.logits, self.y)
+        better = (fooled | (score > self.score)) & self.standing
+        self.score.copy_(torch.where(better, score, self.score))
+        self.standing.logical_and_(~fooled)
+        return better
+
+    def scored(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What is to rise, and whether the model is fooled. A tie of two classes fools nobody, whatever argmax says."""
+        out = self.losses if self.losses is not None and self.losses[1].shape == logits.shape else None
+        if self.targeted:  # log((1 - p)/p), which falls where the cross-entropy does
+            self.losses = ops.log_odds(logits, y, out=out)
+            return -self.losses[0], logits.argmax(1) == y
+        self.losses = ops.margin(logits, y, out=out)
+        return self.losses[0], self.losses[0] > 0
+
+    def confirm(self, stood: Tensor, passes: Passes) -> int:
+        """Asks the model itself about those who fooled the loop's passes since ``stood``; returns the forwards it took."""
+        fell = (stood & ~self.standing).nonzero()[:, 0]
+        if not len(fell):
+            return 0
+        with torch.no_grad():
+            score, fooled = self.scored(passes.logits(self.inputs()[fell]), self.y[fell])
+        self.queries[fell] += 1
+        self.standing[fell] = ~fooled
+        self.score[fell] = score.to(self.score.dtype)
+        return 1
+
+    def update(self, part: Walk, rows: Tensor | None) -> None:
+        """Takes over what has become of these samples (all: None)."""
+        for name in self.RESULTS if part is not self else ():
+            getattr(self, name)[slice(None) if rows is None else rows] = getattr(part, name)
+
+    def inputs(self) -> Tensor:
+        if self.adv.dtype == self.dtype:
+            return self.adv
+        farthest = per_sample(self.eps, self.adv, torch.float64) if self.norm == "linf" else math.inf
+        return round_towards(self.x.to(self.dtype), self.adv, farthest)
+
+
+def walk(engine: Engine, batch: Batch, whole: W, chunks: Iterable[range], trials: Callable[[W, range], Iterator[None]]) -> None:
+    """Has those that stand try what ``trials`` yields: an image in ``adv``, which is judged when it goes on."""
+    part, rows = whole, None
+    for chunk in chunks:
+        standing = int(part.standing.sum())
+        if not standing:
+            break
+        if (size := bucket(standing, len(whole.adv))) < len(part.adv):
+            # Those that stand, and as many others, which stay as they are, as fill a batch of a size that comes again.
+            whole.update(part, rows)
+            kept = (~part.standing).byte().argsort(stable=True)[:size]
+            part, rows = part.rows(kept), kept if rows is None else rows[kept]
+        part.passes = batch.passes
+        run = engine.run(part, batch.model, part=len(chunk) < CHUNK)
+        part, stood = run.loop, None if run.exact else run.loop.standing.clone()
+        for _ in trials(part, chunk):
+            run.step()
+            batch.forwards += 1
+        if stood is not None:
+            batch.forwards += part.confirm(stood, Passes(batch.model))
+    whole.update(part, rows)
+
+
+def growing(total: int) -> Iterator[range]:
+    """Chunks of trials, short at first, when many samples are fooled."""
+    start = 0
+    while start < total:
+        stop = min(start + CHUNK, 2 * start + 1, total)
+        yield range(start, stop)
+        start = stop

@@ -1,0 +1,171 @@
+"""What sanity checks ask of a model: answers, gradients, and what simple attacks find, each sample for itself.
+
+A sample's result depends on the seed and its number and not on the batch: random numbers are :class:`Draws`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, ops
+from ..attacks import PGD, fgsm
+from ..attacks.base import norms
+from ..attacks.draws import Draws
+from ..engine import Model, attacking
+from ..reference.step import Scalar, arithmetic, per_sample
+
+NOISE, NEARBY, SHARES = 1 << 20, 2 << 20, 4 << 20  # streams of draws; those of the starts are 0, 1, ...
+
+
+@dataclass(frozen=True)
+class Path:
+    """What PGD saw of a batch on its way.
+
+    Attributes:
+        losses: [iterates, N], ``log((1 - p_y) / p_y)``.
+        fooled: [iterates, N], by the answers that the attack got.
+        images: [N, ...], the best of each sample.
+        success: [N], whether that one fools the model, as the attack believes.
+        standing: [N], whether the model, asked once more, is right about it.
+    """
+
+    losses: Tensor
+    fooled: Tensor
+    images: Tensor
+    success: Tensor
+    standing: Tensor
+
+
+class Recorder(nn.Module):
+    """The model, keeping what it answers."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        self.answers: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        self.answers.append(arithmetic(logits.detach()))
+        return logits
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Asks a model: in this norm and box, with these random numbers, so many samples at once.
+
+    Methods take images x [N, ...], labels y [N], a radius eps (float or [N]) and the samples' numbers [N], int64.
+    """
+
+    model: Model
+    norm: str = "linf"
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+    seed: int = 0
+    batch_size: int = 256
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[N, C], fp32 or wider."""
+        answers = []
+        with attacking(self.model), torch.no_grad():
+            for (part,) in self._parts(x):
+                answers.append(self.model(part))
+                checks.logits(answers[-1], part, None)
+        return arithmetic(torch.cat(answers)) if answers else x.new_zeros(0, 2)
+
+    def right(self, x: Tensor, y: Tensor) -> Tensor:
+        """[N], whether the model predicts y."""
+        return self.logits(x).argmax(1) == y
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        """[N], ``log((1 - p_y) / p_y)``: cross-entropy as our attacks see it."""
+        return ops.log_odds(self.logits(x), y)[0]
+
+    def gradient(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """That of the losses, [N, ...]; None where there is no way from the logits to x."""
+        found = [x[:0]]
+        with attacking(self.model):
+            for part, labels in self._parts(x, y):
+                inputs = part.clone().requires_grad_()
+                logits = self.model(inputs)
+                if not logits.requires_grad:
+                    return None
+                cotangent = ops.log_odds(logits.detach(), labels)[1]
+                (gradient,) = torch.autograd.grad(logits, inputs, cotangent, allow_unused=True)
+                if gradient is None:
+                    return None
+                found.append(gradient)
+        return torch.cat(found)
+
+    def pgd(self, x: Tensor, y: Tensor, eps: Scalar, samples: Tensor, steps: int, start: int = 0) -> Path:
+        """PGD by default step size from each sample's ``start``-th random start."""
+        nothing = torch.zeros(steps + 1, 0, device=x.device)
+        paths = [Path(nothing, nothing.bool(), x[:0], nothing[0].bool(), nothing[0].bool())]
+        for part in self._parts(x, y, eps, samples):
+            paths.append(self._pgd(*part, steps, start))
+        joined = {name: torch.cat([vars(p)[name] for p in paths], 1) for name in ("losses", "fooled")}
+        return Path(**joined, **{name: torch.cat([vars(p)[name] for p in paths]) for name in ("images", "success", "standing")})
+
+    def _pgd(self, x: Tensor, y: Tensor, eps: Scalar, samples: Tensor, steps: int, start: int) -> Path:
+        recorder = Recorder(self.model)
+        init = x + inside(Draws(self.seed, samples, start), 0, x, eps, self.norm)
+        attack = PGD(recorder, eps, steps=steps, norm=self.norm, bounds=self.bounds, init=init, keep_best=True)
+        images = attack(x, y)
+        losses = torch.stack([ops.log_odds(logits, y)[0] for logits in recorder.answers])
+        fooled = torch.stack([logits.argmax(1) != y for logits in recorder.answers])
+        assert attack.info is not None and attack.info.success is not None
+        return Path(losses, fooled, images, attack.info.success, self.right(images, y))
+
+    def fgsm(self, x: Tensor, y: Tensor, eps: Scalar) -> Tensor:
+        """Images [N, ...] after one step."""
+        return torch.cat([x[:0], *(fgsm(self.model, *p, norm=self.norm, bounds=self.bounds) for p in self._parts(x, y, eps))])
+
+    def fooled_by_noise(self, x: Tensor, y: Tensor, eps: Scalar, samples: Tensor, draws: int) -> Tensor:
+        """[N], whether one of so many images on the surface of the ball does."""
+        lo, hi = checks.bounds(self.bounds)
+        noise, fooled = Draws(self.seed, samples, NOISE), torch.zeros_like(y, dtype=torch.bool)
+        for step in range(draws):
+            fooled |= ~self.right((x + surface(noise, step, x, eps, self.norm)).clamp(lo, hi), y)
+        return fooled
+
+    def change_nearby(self, x: Tensor, y: Tensor, samples: Tensor, radius: float, draws: int) -> Tensor:
+        """[N], the mean relative change of the loss among neighbours within the linf radius, clipped at 1."""
+        lo, hi = checks.bounds(self.bounds)
+        noise, here = Draws(self.seed, samples, NEARBY), self.losses(x, y)
+        change = torch.zeros_like(here)
+        for step in range(draws):
+            neighbours = (x + inside(noise, step, x, radius, "linf")).clamp(lo, hi)
+            change += (self.losses(neighbours, y) - here).abs() / draws
+        return (change / torch.where(here == 0, 1.0, here.abs())).nan_to_num(nan=1.0).clamp(max=1.0)
+
+    def _parts(self, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Batches of the tensors' rows; what has no rows is given to each."""
+        for start in range(0, len(values[0]), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield tuple(v[part] if isinstance(v, Tensor) and v.dim() else v for v in values)
+
+
+def surface(draws: Draws, step: int, x: Tensor, eps: Scalar, norm: str) -> Tensor:
+    """Perturbations like x of length eps: corners of the linf ball, uniform on those of l2 and l1."""
+    shape, dtype = x.shape[1:], torch.promote_types(x.dtype, torch.float32)
+    if norm == "linf":
+        direction = draws.signs(step, *shape, dtype=dtype)
+    elif norm == "l2":
+        direction = draws.normal(step, *shape, dtype=dtype)
+    else:  # Laplace's, whose density is constant on l1 spheres
+        uniform = 1 - 2 * draws.uniform(step, *shape, dtype=dtype)
+        direction = uniform.sign() * -torch.log1p(-uniform.abs().clamp(max=1 - 2.0**-24))
+    length = per_sample(norms(direction, norm), direction)
+    return (direction / length * per_sample(eps, direction)).to(x.dtype)
+
+
+def inside(draws: Draws, step: int, x: Tensor, eps: Scalar, norm: str) -> Tensor:
+    """Perturbations inside the ball: uniform in that of linf, else of uniform direction and length."""
+    shape = x.shape[1:] if norm == "linf" else (1,) * (x.dim() - 1)
+    share = draws.of_stream(draws.stream + SHARES).uniform(step, *shape).to(x.dtype)
+    return surface(draws, step, x, eps, norm) * share
