@@ -3,12 +3,14 @@
     x_adv = fastadv.pgd(model, x, y, eps=8/255)
 
 Attacks are in ``fastadv.attacks``, training methods in ``fastadv.objectives`` and their losses in ``fastadv.functional``, the
-fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``fastadv.reference``.
+fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``fastadv.reference``. How robust a model is tells
+``fastadv.evaluate``.
 """
 
 from . import attacks, functional, objectives, ops, reference
 from ._version import __version__
 from .attacks import *  # noqa: F403 - the attacks
+from .evaluation import Evaluation, evaluate
 from .machine import tune_allocator
 from .normalize import Normalize
 from .objectives import *  # noqa: F403 - the training methods
@@ -19,10 +21,13 @@ from .weights import AWP, RWP
 __all__ = [
     "AWP",
     "RWP",
+    "Evaluation",
     "Normalize",
     "Profile",
     "__version__",
     "attacks",
+    "evaluate",
+    "evaluation",
     "functional",
     "objectives",
     "ops",
