@@ -312,8 +312,6 @@ def test_report_escapes_everything():
     report.table([evil], [[evil]], caption=evil).figure(small_figure(), caption=evil, alt=evil)
     report.headline([(evil, evil, evil)]).list([evil]).code(evil)
     page = report.html()
-        "<p>&lt;i&gt;&amp;&quot;&#x27;&lt;/i&gt; <b>&lt;", "<p>&lt;i&gt;&amp;&quot;&#x27;&lt;/i&gt; &lt;"
-    )
     assert "<i>" not in page
     assert page.count("&lt;i&gt;&amp;&quot;&#x27;&lt;/i&gt;") == 16  # the title stands in the head as well
 

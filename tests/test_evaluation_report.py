@@ -197,8 +197,8 @@ def test_the_page_has_all_parts_in_order():
         "4,000", "Can it be believed?", "<td>Square beats white-box</td>", "drop: 5.0%; planted: 32", "Do &lt;this&gt;.",
         "zero gradients", "fraction of samples: 25.0%", "Curves", "<svg", "<svg", "Class by class", "<svg",
         "Adversarial examples", "Sample 2, class 0, is read as 1 after apgd-ce, linf distance 0.03.",
-        "What no program can check", "State the threat model", "How to get this again", "eps=8 / 255", "<td>a processor</td>", "APGD(&lt;eps&gt;)",
-        torch.__version__,
+        "What no program can check", "State the threat model", "How to get this again", "eps=8 / 255", "<td>a processor</td>",
+        "APGD(&lt;eps&gt;)", torch.__version__,
     ]  # fmt: skip
     place = 0
     for part in parts:

@@ -217,7 +217,7 @@ class _Protocol:
         mine = todo[rank::world]
         with self._bar(name, len(mine)) as bar:
             broken = 0
-            for samples in mine.split(self.batch_size):
+            for samples in mine.split(self.batch_size) if len(mine) else ():  # split makes an empty piece of nothing
                 record = self._attacked(attack, samples)
                 self.records.add(name, record)
                 broken += int(record.fooled.sum())
