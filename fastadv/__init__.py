@@ -2,12 +2,12 @@
 
     x_adv = fastadv.pgd(model, x, y, eps=8/255)
 
-Attacks are in ``fastadv.attacks``, training methods in ``fastadv.objectives`` and their losses in ``fastadv.functional``, the
-fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``fastadv.reference``. How robust a model is tells
-``fastadv.evaluate``.
+Attacks are in ``fastadv.attacks``, how they add up to a robust accuracy in ``fastadv.evaluation``, training methods in
+``fastadv.objectives`` and their losses in ``fastadv.functional``, the fused ops that all stand on in ``fastadv.ops``, and what
+each op must compute in ``fastadv.reference``.
 """
 
-from . import attacks, functional, objectives, ops, reference
+from . import attacks, evaluation, functional, objectives, ops, reference
 from ._version import __version__
 from .attacks import *  # noqa: F403 - the attacks
 from .evaluation import Evaluation, evaluate

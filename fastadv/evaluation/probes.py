@@ -5,7 +5,6 @@ A sample's result depends on the seed and its number and not on the batch: rando
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

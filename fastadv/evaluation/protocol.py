@@ -8,6 +8,7 @@ in full precision, and must lie in ball and box.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import __version__, checks
-from ..attacks import APGD, APGDT, FAB, FABT, Attack, EoT, Square
+from .. import checks
+from .._version import __version__
+from ..attacks import APGD, APGDT, FAB, FABT, PGD, Attack, EoT, Square
 from ..attacks.base import norms
 from ..engine import Model, attacking, unwrap
 from ..machine import device_name
@@ -36,7 +38,8 @@ VERSIONS = {
 }
 RUNS = 20  # of a randomised model, over which version "rand" takes the mean
 WHITE_BOX = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")
-SLACK = 1e-5  # of eps: what rounding may add to an l2 or l1 length
+ALARM_SAMPLES = 256  # evenly spaced
+SLACK, ROUNDING = 1e-5, 2.0**-23  # of eps, and of each element: what rounding may add to a length
 
 
 def standard_attacks(version: str, norm: str) -> dict[str, tuple[Callable[..., Attack], dict[str, Any]]]:
@@ -58,7 +61,7 @@ def evaluate(
     data: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]],
     eps: float,
     norm: str = "linf",
-    version: str | Sequence[str | Attack] = "standard",
+    version: str | Sequence[str | Attack | PGD] = "standard",
     bounds: tuple[float, float] | None = (0.0, 1.0),
     batch_size: int = 256,
     seed: int = 0,
@@ -115,7 +118,7 @@ def evaluate(
     attacks = _attacks(judge, version, eps, norm, bounds, seed, engine=engine, precision=precision, twin=twin)
     header = {
         "fastadv": __version__, "eps": eps, "norm": norm, "attacks": {name: repr(a) for name, a in attacks.items()},
-        "bounds": list(bounds) if bounds is not None else None, "seed": seed, "data": fingerprint(x, y), "model": weights_of(judge),
+        "bounds": None if bounds is None else list(bounds), "seed": seed, "data": fingerprint(x, y), "model": weights_of(judge),
     }  # fmt: skip
     name = version if isinstance(version, str) else "custom"
     settings = {"eps": eps, "norm": norm, "version": name, "bounds": header["bounds"], "seed": seed, "samples": len(x)}
@@ -131,9 +134,9 @@ def evaluate(
             protocol.run(attack_name, attack)
         found = protocol.evaluation(settings, keep_images)
         if alarms:
-            few = torch.arange(min(len(x), 256))
-            checked = {"bounds": bounds, "seed": seed, "surrogate": surrogate, "batch_size": batch_size}
-            found.alarms = sanity_checks(judge, x[few].to(device), y[few].to(device), eps, norm, **checked)
+            few = torch.arange(n := min(len(x), ALARM_SAMPLES)) * len(x) // n
+            images, labels = x[few].to(device), y[few].to(device)
+            found.alarms = sanity_checks(judge, images, labels, eps, norm, bounds, seed, surrogate, batch_size=batch_size)
             if "square" in attacks and any(a in attacks for a in WHITE_BOX):
                 before, after = protocol.around("square")
                 found.alarms.append(square_beats_white_box(before, after))
@@ -156,9 +159,15 @@ def gathered(data: Any) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
+def numbers_of(x: Tensor) -> Tensor:
+    """A number [N] for each image, by its content: what it draws then depends on nothing but itself and the seed."""
+    digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in x.detach().cpu().double()]
+    return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests], dtype=torch.int64)
+
+
 def _attacks(
-    model: Model, version: str | Sequence[str | Attack], eps: float, norm: str, bounds: Any, seed: int, **execution: Any
-) -> dict[str, Attack]:
+    model: Model, version: str | Sequence[str | Attack | PGD], eps: float, norm: str, bounds: Any, seed: int, **execution: Any
+) -> dict[str, Attack | PGD]:
     """The attacks of a version, by name."""
     checks.one_of("norm", norm, Attack.NORMS)
     if isinstance(version, str):
@@ -167,7 +176,8 @@ def _attacks(
     if not chosen:
         raise ValueError("version must be a name or a list of at least one attack; got none")
     known = standard_attacks(version if isinstance(version, str) else "standard", norm)
-    attacks: dict[str, Attack] = {}
+    attacks: dict[str, Attack | PGD] = {}
+    attack: Attack | PGD
     for number, one in enumerate(chosen):
         if isinstance(one, str):
             checks.one_of("version", one, known)
@@ -176,7 +186,7 @@ def _attacks(
                 build(model, eps, norm=norm, bounds=bounds, seed=(seed + number) % 2**63, **settings, **execution),
                 one,
             )
-        elif isinstance(one, Attack):
+        elif isinstance(one, (Attack, PGD)):
             attack, name = one, type(one).__name__.lower()
         else:
             raise ValueError(f"version must list names of attacks or fastadv.Attack objects; got {type(one).__name__}")
@@ -207,9 +217,10 @@ class _Protocol:
         self.broken_by, self.predicted = [""] * samples, torch.full((samples,), -1)
         self.distance = torch.full((samples,), math.inf)
         self.x_adv = self.x.clone()
+        self.numbers = numbers_of(self.x)
         self.accuracy: dict[str, tuple[Tensor, Tensor]] = {}  # robust samples before and after each attack
 
-    def run(self, name: str, attack: Attack | None) -> None:
+    def run(self, name: str, attack: Attack | PGD | None) -> None:
         """One attack on all that stand, but for those that are on record; None: the clean images themselves."""
         before = self.robust.clone()
         todo = (before & ~self.records.done(name, len(before))).nonzero()[:, 0]
@@ -217,7 +228,7 @@ class _Protocol:
         mine = todo[rank::world]
         with self._bar(name, len(mine)) as bar:
             broken = 0
-            for samples in mine.split(self.batch_size) if len(mine) else ():  # split makes an empty piece of nothing
+            for samples in torch.split(mine, self.batch_size) if len(mine) else ():
                 record = self._attacked(attack, samples)
                 self.records.add(name, record)
                 broken += int(record.fooled.sum())
@@ -225,25 +236,31 @@ class _Protocol:
                 bar.update(len(samples))
         self._take_over(name, before)
 
-    def _attacked(self, attack: Attack | None, samples: Tensor) -> Record:
+    def _attacked(self, attack: Attack | PGD | None, samples: Tensor) -> Record:
+        """What the attack does to these samples, judged; without an attack, what the model says of the clean images."""
         start = time.perf_counter()
         x, y = self.x[samples].to(self.device), self.y[samples].to(self.device)
-        claimed = torch.zeros_like(y, dtype=torch.bool)
-        adv, queries = x, torch.zeros_like(y)
+        adv, claimed, queries = x, torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y)
         if attack is not None:
-            adv = attack(x, y, samples=samples.to(self.device))
+            numbers = self.numbers[samples].to(self.device)
+            adv = attack(x, y, samples=numbers) if isinstance(attack, Attack) else attack(x, y)
             assert attack.info is not None
-            claimed = attack.info.success if attack.info.success is not None else claimed
-            queries = attack.info.queries if attack.info.queries is not None else queries
+            claimed = claimed if attack.info.success is None else attack.info.success
+            queries = queries if attack.info.queries is None else attack.info.queries
         with attacking(self.model), torch.no_grad():
             logits = self.model(adv)
         checks.logits(logits, x, y)
         predicted, distance = logits.argmax(1), norms(adv.double() - x.double(), self.norm)
-        inside = (distance <= self.eps * (1 + SLACK)) & ((adv >= self.lo) & (adv <= self.hi)).flatten(1).all(1)
-        fooled = (predicted != y) if attack is None else (predicted != y) & inside
-        seconds = time.perf_counter() - start
-        told = (t.cpu() for t in (samples, claimed, fooled, predicted, distance, queries))
-        return Record(*told, adv[fooled].cpu() if attack is not None else adv[:0].cpu(), seconds)
+        fooled = predicted != y
+        if attack is not None:
+            rounding = norms(ROUNDING * adv.double(), self.norm)
+            inside = ((adv >= self.lo) & (adv <= self.hi)).flatten(1).all(1)
+            fooled &= inside & (distance <= self.eps * (1 + SLACK) + rounding)
+        return Record(
+            samples=samples, claimed=claimed.cpu(), fooled=fooled.cpu(), predicted=predicted.cpu(), distance=distance.cpu(),
+            queries=queries.cpu(), images=adv[fooled].cpu() if attack is not None else adv[:0].cpu(),
+            seconds=time.perf_counter() - start,
+        )  # fmt: skip
 
     def _take_over(self, name: str, before: Tensor) -> None:
         """Brings what is on record about an attack into the picture, from all processes."""

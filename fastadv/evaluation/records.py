@@ -66,7 +66,11 @@ class Records:
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps(header, indent=1), encoding="utf-8")
         for file in sorted(self.folder.glob("*.pt")):
-            self._found.setdefault(file.stem.rsplit("-", 1)[0], []).append(Record(**torch.load(file, weights_only=True)))
+            try:
+                record = Record(**torch.load(file, weights_only=True))
+            except Exception as error:
+                raise ValueError(f"{file} is no record of an evaluation, remove it and go on: {error}") from error
+            self._found.setdefault(file.stem.rsplit("-", 1)[0], []).append(record)
 
     def add(self, attack: str, record: Record) -> None:
         self._found.setdefault(attack, []).append(record)
