@@ -44,7 +44,7 @@ def main() -> None:
 
     robust = small_cnn(0)
     train(robust, digits.x_train[early], digits.y_train[early], PRETRAINING, lr=0.05)
-    weights = robust.state_dict()  # or torch.load("robust.pt"), which `fastadv demo` leaves
+    weights = robust.state_dict()  # or torch.load("robust.pt")["state_dict"], of `fastadv demo`
 
     scratch, pretrained = small_cnn(0), small_cnn(0)
     pretrained.load_state_dict(weights)

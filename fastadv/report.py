@@ -38,19 +38,19 @@ p { margin: 0.6rem 0; max-width: 46rem }
 .headline small { color: var(--soft) }
 ul { margin: 0.6rem 0; padding-left: 1.2rem; max-width: 46rem }
 li { margin: 0.25rem 0 }
-pre { margin: 0.6rem 0; padding: 0.6rem 0.9rem; border: 1px solid var(--line); border-radius: 0.4rem; overflow-x: auto }
+pre { margin: 0.6rem 0; padding: 0.6rem 0.9rem; border: 1px solid var(--line); border-radius: 0.4rem; white-space: pre-wrap }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: 0.35rem 0.9rem 0.35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th:last-child, td:last-child { padding-right: 0 }
 th.number, td.number { text-align: right; white-space: nowrap }
 figure { display: inline-block; vertical-align: top; margin: 0.9rem 1.5rem 0.9rem 0; max-width: 100% }
-figure.table { display: block; max-width: 46rem }
+figure.table { display: block; max-width: 100% }
 .scroll { overflow-x: auto }
 figure svg { display: block; width: 100%; height: auto; fill: currentColor }
-figcaption { margin-top: 0.4rem; font-size: 0.9rem }
+figcaption { margin-top: 0.4rem; max-width: 46rem; font-size: 0.9rem }
 """
 
-NUMBER = re.compile(r"[-+]?[\d.,]+( to [\d.,]+)? ?(%|s|ms|us|x)?")  # columns of such cells are set flush right
+NUMBER = re.compile(r"[-+]?[\d.,]+( to [\d.,]+)? ?(%|us|ms|s|min|h|x)?")  # columns of such cells are set flush right
 
 
 class Report:

@@ -178,15 +178,17 @@ def finished(tmp_path_factory):
 def test_quick_run_prints_the_table_and_where_the_report_is(finished):
     folder, status, printed = finished
     assert status == 0
-    assert files(folder) == ["report.html", "robust.pt"]
+    assert files(folder) == ["report.html", "robust.pt", "standard.pt"]
     assert re.search(r"network +clean +FGSM +PGD-40\n +standard( +[\d.]+%){3}\n +robust( +[\d.]+%){3}\n", printed)
     assert re.search(r"fastadv +[\d.]+ s .*\n +handwritten eager PyTorch +[\d.]+ s .*\n +ratio, .* [\d.]+x", printed)
-    assert printed.endswith(f"Report: {folder / 'report.html'}\n")
+    command = f"fastadv evaluate {folder / 'robust.pt'} --data digits --eps 0.3"
+    assert printed.endswith(f"{command}\nReport: {folder / 'report.html'}\n")
 
 
 def test_quick_report_is_complete_and_self_contained(finished):
     page = (finished[0] / "report.html").read_text(encoding="utf-8")
     assert "Partial" not in page
+    assert "fastadv evaluate robust.pt --data digits --eps 0.3" in page
     assert page.count("<svg ") == page.count("</svg>") == 4
     assert page.count('role="img"') == len(re.findall(r'aria-label="[^"]{20,}"', page)) == 4
     for cell in ("network", "PGD-40", "handwritten eager PyTorch"):
@@ -203,13 +205,21 @@ def test_quick_report_is_complete_and_self_contained(finished):
         assert reference.startswith("data:image/png;base64,") or reference.removeprefix("#") in ids
 
 
-def test_saved_weights_are_the_network_of_the_table(finished):
+@pytest.mark.parametrize("name", ["standard", "robust"])
+def test_checkpoints_are_the_networks_of_the_table(name, finished):
     folder, _, printed = finished
-    model = demo.small_cnn(seed=99)
-    model.load_state_dict(torch.load(folder / "robust.pt", weights_only=True))
+    checkpoint = torch.load(folder / f"{name}.pt", weights_only=True)
+    assert checkpoint["model"] == "fastadv.demo:build_network"
+    assert checkpoint["seed"] == 0
+    model = demo.build_network(**checkpoint["arguments"], seed=99)
+    model.load_state_dict(checkpoint["state_dict"])
     digits = demo.load_digits(seed=0)
     clean = demo.accuracy(model, digits.x_test[:10], digits.y_test[:10])
-    assert re.search(rf"robust +{clean:.1%}", printed)
+    assert re.search(rf"{name} +{clean:.1%}", printed)
+
+
+def test_the_command_names_the_split():
+    assert demo.evaluation_command(Path("a b"), 3) == "fastadv evaluate 'a b/robust.pt' --data digits:3 --eps 0.3"
 
 
 @pytest.mark.parametrize(
@@ -233,12 +243,13 @@ def test_ctrl_c_leaves_a_partial_report(where, figures, trained, evaluated, tmp_
     assert ("Learning curves" in page) == trained
     assert ("<td>standard</td>" in page) == evaluated
     assert "<td>robust</td>" not in page
-    assert files(tmp_path) == ["report.html"]  # no weights of a half-trained network, no temporary file
+    # No weights of a half-trained network, no temporary file.
+    assert files(tmp_path) == ["report.html", *(["standard.pt"] if trained else [])]
     assert f"Partial report: {tmp_path / 'report.html'}" in capsys.readouterr().out
 
 
 def test_ctrl_c_while_the_report_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "experiment", lambda findings, quick, weights: setattr(findings, "complete", True))
+    monkeypatch.setattr(demo, "experiment", lambda findings, quick, folder: setattr(findings, "complete", True))
     write, calls = Report.write, []
 
     def interrupted_once(self, path):
@@ -296,12 +307,23 @@ def small_figure() -> Figure:
 
 
 def test_report_escapes_everything():
-    evil = "<b>&\"'</b>"
+    evil = "<i>&\"'</i>"
     report = Report(evil, evil).heading(evil).text(evil).note(evil)
     report.table([evil], [[evil]], caption=evil).figure(small_figure(), caption=evil, alt=evil)
+    report.headline([(evil, evil, evil)]).list([evil]).code(evil)
     page = report.html()
-    assert "<b>" not in page
-    assert page.count("&lt;b&gt;&amp;&quot;&#x27;&lt;/b&gt;") == 11  # the title stands in the head as well
+    assert "<i>" not in page
+    assert page.count("&lt;i&gt;&amp;&quot;&#x27;&lt;/i&gt;") == 16  # the title stands in the head as well
+
+
+def test_the_same_in_markdown():
+    report = Report("t", "s|b").heading("h").text("a < b * c").note("n").headline([("accuracy", "87%", "of all")])
+    report.list(["one", "two"]).code("x = 1").table(["name", "n"], [["a|b", 1]], "c").table([], [["k", "v"]])
+    report.figure(small_figure(), caption="below", alt="a line")
+    assert report.markdown() == (
+        "# t\n\ns\\|b\n\n## h\n\na \\< b \\* c\n\n> **n**\n\n- accuracy: **87%** of all\n\n- one\n- two\n\n```\nx = 1\n```\n\n"
+        "| name | n |\n| --- | ---: |\n| a\\|b | 1 |\n\nc\n\n|  |  |\n| --- | --- |\n| k | v |\n\na line below\n"
+    )
 
 
 def test_report_tables():

@@ -86,7 +86,7 @@ def test_bad_arguments_fail_before_any_work(arguments, message, tmp_path):
 def test_another_method_is_named_in_the_report_and_times_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "WATCHED", 10)
     findings = demo.Findings(0, "trades", 0.005)
-    demo.experiment(findings, quick=True, weights=tmp_path / "robust.pt")
+    demo.experiment(findings, quick=True, folder=tmp_path)
     assert findings.complete
     assert not findings.rounds
     assert "trades with AWP (gamma 0.005)" in demo.build_report(findings).html()

@@ -126,11 +126,12 @@ def _alarms(report: Report, found: Evaluation) -> None:
         + ("None rings. That is no proof." if not found.ringing else "These ring, and say what to do:")
     )
     if found.ringing:
-        ringing = [(alarm.name, _numbers(alarm), alarm.advice, alarm.source) for alarm in found.ringing]
-        report.table(["alarm", "what was found", "what to do", "source"], ringing)
+        ringing = [(alarm.name, _numbers(alarm), f"{alarm.advice} ({alarm.source})") for alarm in found.ringing]
+        report.table(["alarm", "what was found", "what to do"], ringing)
     if silent:
-        quiet = [(alarm.name, _numbers(alarm), alarm.source) for alarm in silent]
-        report.table(["silent alarm", "what was found", "source"], quiet, "Alarms that do not ring.")
+        report.table(
+            ["silent alarm", "what was found"], [(f"{alarm.name} ({alarm.source})", _numbers(alarm)) for alarm in silent]
+        )
 
 
 def _numbers(alarm: Alarm) -> str:
@@ -138,7 +139,7 @@ def _numbers(alarm: Alarm) -> str:
     told = []
     for name, value in alarm.numbers.items():
         share = any(word in name for word in ("accuracy", "fraction", "chance", "drop")) and 0 <= value <= 1
-        told.append(f"{name} {value:.1%}" if share else f"{name} {value:.4g}")
+        told.append(f"{name}: {value:.1%}" if share else f"{name}: {value:.4g}")
     return "; ".join(told) or "nothing"
 
 
@@ -219,21 +220,19 @@ def by_class(found: Evaluation) -> list[tuple[int, int, float, float]]:
 
 def _stages_figure(found: Evaluation) -> Figure:
     stages = _stages(found)
-    figure = new_figure(7.2, 0.7 + 0.42 * len(stages))
+    figure = new_figure(5.4, 0.7 + 0.42 * len(stages))
     axis = figure.subplots()
     for place, (name, stands, broke) in enumerate(stages):
         axis.barh(place, stands, color=CLEAN if name == "clean" else ROBUST, height=0.66)
         axis.barh(place, broke, left=stands, color=LOST, height=0.66)
-        axis.annotate(
-            f"{stands:.1%}", (stands, place), (-6, 0), textcoords="offset points", ha="right", va="center", color="white"
-        )
-        if broke > 0:
-            axis.annotate(
-                f"\N{MINUS SIGN}{broke:.1%}", (stands + broke, place), (6, 0), textcoords="offset points", va="center"
-            )
+        told = [f"{stands:.1%}", *([f"\N{MINUS SIGN}{broke:.1%}"] if broke else [])]
+        label: Any = {"textcoords": "offset points", "va": "center"}
+        if stands > 0.2:  # room for the number inside the bar
+            axis.annotate(told.pop(0), (stands, place), (-6, 0), ha="right", color="white", **label)
+        axis.annotate("  ".join(told), (stands + broke, place), (6, 0), **label)
     axis.set_yticks(range(len(stages)), [name for name, *_ in stages])
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.1)
+    axis.set_xlim(0, 1.15)
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.tick_params(left=False)
@@ -345,8 +344,7 @@ def _interval(found: Evaluation, accuracy: float) -> str:
 def _time(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _setting(value: Any) -> str:

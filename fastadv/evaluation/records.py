@@ -75,8 +75,10 @@ class Records:
     def add(self, attack: str, record: Record) -> None:
         self._found.setdefault(attack, []).append(record)
         if self.folder is not None:
+            # A part of a tensor would take all of it along.
+            held = {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(record).items()}
             with replacing(self.folder / f"{attack}-{int(record.samples[0]):08d}.pt") as temporary:
-                torch.save(vars(record), temporary)
+                torch.save(held, temporary)
 
     def of(self, attack: str) -> Iterator[Record]:
         return iter(self._found.get(attack, ()))
