@@ -263,8 +263,8 @@ class _Ascent(Search):
         self.share = self.changed / elements / L1_SPARSER if share is None else torch.full_like(self.changed, share)
         if share is not None:
             self.changed.fill_(elements)
-        size = torch.as_tensor(self.eps, dtype=torch.float64, device=self.adv.device).expand(len(self.adv))
-        self.alpha = (1.0 if self.norm == "l1" else 2.0) * (-size if self.loss.targeted else size)
+        size = (1.0 if self.norm == "l1" else 2.0) * self._radius().expand(len(self.adv))
+        self.alpha = -size if self.loss.targeted else size
         self._ask()
         self.rises.zero_()
         self.halved, self.checked = torch.ones_like(self.fooled), self.last.clone()
@@ -344,7 +344,7 @@ class _Ascent(Search):
         with torch.no_grad():
             self._note()
             if self.norm == "l1":
-                changed, most = norms(self.highest - self.centre, "l0"), torch.as_tensor(self.eps).to(self.alpha)
+                changed, most = norms(self.highest - self.centre, "l0"), self._radius()
                 back = changed / self.changed < L1_SPARSER_STILL
                 self.share.copy_(changed / self.adv[0].numel() / L1_SPARSER)
                 size = torch.where(back, most, self.alpha.abs() / L1_SLOWER).clamp(most / L1_SLOWEST, most)
@@ -360,6 +360,9 @@ class _Ascent(Search):
             these = whole(back, self.adv)
             torch.where(these, self.highest, self.adv, out=self.adv)
             torch.where(these, self.highest_gradient, self.gradient, out=self.gradient)
+
+    def _radius(self) -> Tensor:
+        return torch.as_tensor(self.eps, dtype=torch.float64, device=self.adv.device)
 
     def confirm(self, stopped: Tensor, passes: Passes) -> int:
         self._note()
