@@ -20,7 +20,7 @@ def label_arguments(op: str, dtype: torch.dtype = torch.float32) -> tuple[torch.
 
 
 def test_every_op_is_registered():
-    for name in (*(f"{step}_" for step in ops.STEPS), *ops.STARTS, *ops.LOSSES, "weight_sums", "perturb_"):
+    for name in (*(f"{step}_" for step in ops.STEPS), *ops.STARTS, *ops.HYPERPLANES, *ops.LOSSES, "weight_sums", "perturb_"):
         assert hasattr(torch.ops.fastadv, name)
         assert hasattr(ops, name)
 
