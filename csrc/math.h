@@ -381,21 +381,32 @@ struct HyperplaneFill {
   }
 };
 
+// What the elements with pull >= threshold gain together, the least of their pulls and the largest of the others'.
+template <class T>
+struct HyperplaneTotal {
+  double gain;
+  T least, below;
+};
+
 // The largest threshold at which the elements with |w| >= threshold reach the plane, by bisection over the bits of a number,
-// which order positive numbers; total_at(threshold) is the sum of these elements' gains.
+// which order positive numbers; each end moves on to the next |w| that there is.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
 template <class T, class Bits, class TotalAt>
 FASTADV_FN HyperplaneFill<T> hyperplane_fill(double far, T largest, const TotalAt& total_at) {
   Bits low = 1, high = bit_cast<Bits>(largest) + 1;  // all elements that have a pull; none
-  double reached = total_at(bit_cast<T>(low)), above = 0.0;
+  double reached = total_at(bit_cast<T>(low)).gain, above = 0.0;
   if (reached < far) return {T(0), 0.0, far};  // to the walls
   while (high - low > 1) {
-    const Bits middle = low + (high - low) / 2;
-    const double total = total_at(bit_cast<T>(middle));
-    (total < far ? high : low) = middle;
-    (total < far ? above : reached) = total;
+    const HyperplaneTotal<T> at = total_at(bit_cast<T>(low + (high - low) / 2));
+    if (at.gain < far) {
+      high = bit_cast<Bits>(at.below) + 1;
+      above = at.gain;
+    } else {
+      low = bit_cast<Bits>(at.least);
+      reached = at.gain;
+    }
   }
   return {bit_cast<T>(low), (far - above) / (reached - above), far};
 }

@@ -191,11 +191,18 @@ FASTADV_MULTIVERSION void hyperplane_reach(const T* pull, const T* room, int64_t
 }
 
 template <class T>
-FASTADV_MULTIVERSION void hyperplane_total(const T* pull, const T* room, int64_t size, HyperplaneFill<T> fill, double& result) {
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < size; ++i) total += pull[i] >= fill.threshold ? fill.gain(pull[i], room[i]) : 0.0;
-  result = total;
+FASTADV_MULTIVERSION void hyperplane_total(const T* pull, const T* room, int64_t size, HyperplaneFill<T> fill,
+                                           HyperplaneTotal<T>& result) {
+  double gain = 0;
+  T least = std::numeric_limits<T>::max(), below = 0;
+#pragma omp simd reduction(+ : gain) reduction(min : least) reduction(max : below)
+  for (int64_t i = 0; i < size; ++i) {
+    const bool filled = pull[i] >= fill.threshold;
+    gain += filled ? fill.gain(pull[i], room[i]) : 0.0;
+    least = smaller(least, filled ? pull[i] : least);
+    below = larger(below, filled ? below : pull[i]);
+  }
+  result = {gain, least, below};
 }
 
 template <class S, class G, class T, class F>
@@ -377,7 +384,7 @@ void l1_hyperplane_cpu(const HyperplaneArgs& args, int threads) {
     using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
     const int64_t size = int64_t(pull.size());
     return hyperplane_fill<T, Bits>(far, largest_size(pull.data(), size), [&](T threshold) {
-      double total;
+      HyperplaneTotal<T> total;
       hyperplane_total(pull.data(), room.data(), size, HyperplaneFill<T>{threshold, 0.0, far}, total);
       return total;
     });

@@ -20,7 +20,8 @@ def label_arguments(op: str, dtype: torch.dtype = torch.float32) -> tuple[torch.
 
 
 def test_every_op_is_registered():
-    for name in (*(f"{step}_" for step in (*ops.STEPS, *ops.UPDATES)), *ops.STARTS, *ops.LOSSES, "weight_sums", "perturb_"):
+    steps = (f"{step}_" for step in (*ops.STEPS, *ops.UPDATES))
+    for name in (*steps, *ops.STARTS, *ops.HYPERPLANES, *ops.LOSSES, "weight_sums", "perturb_"):
         assert hasattr(torch.ops.fastadv, name)
         assert hasattr(ops, name)
 

@@ -247,6 +247,7 @@ class _Ascent(Search):
     )  # fmt: skip
     SCRATCH: ClassVar[tuple[str, ...]] = ("losses",)
     SETTINGS: ClassVar[tuple[str, ...]] = ("lo", "hi", "dtype", "norm", "loss", "early_stop")
+    RESULTS: ClassVar[tuple[str, ...]] = (*Search.RESULTS, "highest")  # where the next stage in the l1 ball starts
 
     early_stop: bool
     losses: Losses | None = None

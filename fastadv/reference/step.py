@@ -245,7 +245,7 @@ def l2_hyperplane(x: Tensor, w: Tensor, gap: Tensor, lo: float = -math.inf, hi: 
 
 def l1_hyperplane(x: Tensor, w: Tensor, gap: Tensor, lo: float = -math.inf, hi: float = math.inf) -> Tensor:
     """The least ``|d|_1``: elements go to their wall in the order of ``|w_i|`` until the plane is reached; of equal ones, all
-    go the same fraction of their way (Croce and Hein, 2020)."""
+    go the same fraction of their way, to the wall or to where one alone reaches the plane (Croce and Hein, 2020)."""
     ahead, pull, room, far = _towards(x, w, gap, lo, hi)
     room = torch.minimum(room, (far / pull).nan_to_num(math.inf))  # one element alone need not go farther
     ranked, order = pull.sort(1)
