@@ -8,7 +8,23 @@ fused ops they stand on in ``fastadv.ops``, and what each op must compute in ``f
 
 from . import attacks, functional, objectives, ops, reference
 from ._version import __version__
-from .attacks import PGD, AttackInfo, NaNGradientWarning, fgsm, pgd
+from .attacks import (
+    PGD,
+    SPSA,
+    AttackInfo,
+    Boundary,
+    HopSkipJump,
+    NaNGradientWarning,
+    RandomNoise,
+    Square,
+    boundary,
+    fgsm,
+    hopskipjump,
+    pgd,
+    randomnoise,
+    spsa,
+    square,
+)  # fmt: skip
 from .machine import tune_allocator
 from .normalize import Normalize
 from .objectives import *  # noqa: F403 - the training methods
@@ -20,19 +36,29 @@ __all__ = [
     "AWP",
     "PGD",
     "RWP",
+    "SPSA",
     "AttackInfo",
+    "Boundary",
+    "HopSkipJump",
     "NaNGradientWarning",
     "Normalize",
     "Profile",
+    "RandomNoise",
+    "Square",
     "__version__",
     "attacks",
+    "boundary",
     "fgsm",
     "functional",
+    "hopskipjump",
     "objectives",
     "ops",
     "pgd",
     "profile",
+    "randomnoise",
     "reference",
+    "spsa",
+    "square",
     "tune_allocator",
     "use_backend",
 ]
