@@ -160,7 +160,7 @@ def walk(engine: Engine, batch: Batch, whole: W, chunks: Iterable[range], trials
             kept = (~part.standing).byte().argsort(stable=True)[:size]
             part, rows = part.rows(kept), kept if rows is None else rows[kept]
         part.passes = batch.passes
-        run = engine.run(part, batch.model, part=len(chunk) < CHUNK)
+        run = engine.run(part, batch.model, part=chunk.stop <= CHUNK)  # while many leave, sizes do not last
         part, stood = run.loop, None if run.exact else run.loop.standing.clone()
         for _ in trials(part, chunk):
             run.step()

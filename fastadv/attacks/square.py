@@ -33,8 +33,8 @@ class Square(Attack):
 
     The algorithm is that of the paper and of AutoAttack, but each sample has windows, signs and orientations of its own; the
     reference draws one window for the whole batch. In linf windows also reach the last row and column, as the paper says. The
-    authors' code never goes there, and in l2 and l1 neither does this, for that counts: of 300 digits under l1 5% more
-    withstood 300 queries with windows everywhere.
+    authors' code never goes there, and in l2 and l1 neither does this, for that counts: of 300 digits under l1, 300
+    queries left 82% standing with windows everywhere, and 78% without.
 
     The last two dimensions of x are height and width, and what comes before are channels; x [N, D] is a line of D pixels.
     Where a square is higher or wider than the image, a rectangle of its area takes its place.
@@ -231,22 +231,24 @@ class _L2(_Windows):
         for where, clean, apart, bump in self.windows(chunk, share):
             before = adv.index_select(0, where.view(-1)).view(clean.shape)
             patch, taken = self.patch(before - clean, apart, bump, used)
-            image = (clean[:, 0] + patch).clamp_(self.lo, self.hi)
+            image = (clean[0] + patch).clamp_(self.lo, self.hi)
             self.write(where, clean, image)
             yield
             better = self.judged()[:, None, None]
             after = adv.index_select(0, where.view(-1)).view(clean.shape)
-            adv.index_copy_(0, where.view(-1), torch.where(better[:, None], after, before).view(-1))
-            used = torch.where(better, used - taken + self.mass(image - clean[:, 0]).sum(1, True), used)
+            adv.index_copy_(0, where.view(-1), torch.where(better, after, before).view(-1))
+            used = torch.where(better, used - taken + self.mass(image - clean[0]).sum(1, True), used)
 
     def windows(self, chunk: range, share: float) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """For each query its two windows, the one that is filled first: places [N, 2, C, h w] and clean elements there, which
+        """For each query its two windows, the one that is filled first: places [2, N, C, h w] and clean elements there, which
         of the second's elements the first does not hold, [N, 1, h w], and a bump [N, C, h w]."""
         channels, (h, w) = self.shape[0], self.window(share)
         x, bumps = _flat(self.x), self.bumps(h, w).flatten(1)
         for u in self.pieces(chunk, 5 + channels, 2 * channels * h * w):
             corners = self.corner(u, h, w), self.corner(u[..., 2:], h, w)
-            places = torch.stack([self.places(*corner, h, w) for corner in corners], 2).view(*u.shape[:2], 2, channels, -1)
+            places = torch.stack([self.places(*corner, h, w) for corner in corners], 1).view(
+                len(u), 2, len(self.x), channels, -1
+            )
             apart = _outside(*corners, h, w).to(x.dtype)
             signs = torch.where(u[..., 5:, None] < 0.5, -1.0, 1.0).to(x.dtype)
             own = bumps[(u[..., 4] < 0.5).long()][:, :, None] * signs
@@ -256,18 +258,18 @@ class _L2(_Windows):
         """What fills the first window: what was there and the bump, each of length 1, at the length that both windows had and
         a channel's share of what is unused; and how much [N, 1, 1] both windows had."""
         channels = self.shape[0]
-        first, second = self.mass(delta[:, 0]), self.mass(delta[:, 1] * apart)
+        first, second = self.mass(delta[0]), self.mass(delta[1] * apart)
         had = first + second  # [N, C, 1]
         free = (self.radius - used).clamp_(min=0)
-        patch = bump + delta[:, 0] / (self.length(first) + 1e-12)
+        patch = bump + delta[0] / (self.length(first) + 1e-12)
         patch *= self.budget(free / channels + had) / (self.length(self.mass(patch)) + 1e-12)
         return patch, had.sum(1, True)
 
     def write(self, where: Tensor, clean: Tensor, image: Tensor) -> None:
         """The second window becomes clean, the first one, which may overlap it, ``image``."""
         adv = _flat(self.adv)
-        adv.index_copy_(0, where[:, 1].reshape(-1), clean[:, 1].reshape(-1))
-        adv.index_copy_(0, where[:, 0].reshape(-1), image.reshape(-1))
+        adv.index_copy_(0, where[1].view(-1), clean[1].view(-1))
+        adv.index_copy_(0, where[0].view(-1), image.view(-1))
 
     # Lengths are kept as squares, whose sum over the image's parts is that of the image.
 
@@ -321,7 +323,7 @@ class _L1(_L2):
         for where, clean, apart, bump in self.windows(chunk, share):
             used = self.mass((best - self.x).reshape(len(best), 1, -1))
             delta = _flat(self.adv).index_select(0, where.view(-1)).view(clean.shape) - clean
-            self.write(where, clean, clean[:, 0] + self.patch(delta, apart, bump, used)[0])
+            self.write(where, clean, clean[0] + self.patch(delta, apart, bump, used)[0])
             self.projected(self.adv)
             yield
             better = self.judged().view(-1, *[1] * (best.dim() - 1))
