@@ -123,6 +123,9 @@ def clean_logits(batch: Batch) -> Tensor:
     batch.queries += 1
     with torch.no_grad():
         logits: Tensor = Passes(batch.model).logits(batch.inputs(batch.x))
+    if batch.passes.check is not None:  # of a whole batch's logits, which may be the last
+        batch.passes.check(logits)
+        batch.passes.check = None
     return logits
 
 
