@@ -189,7 +189,7 @@ class _CW(Nearest):
             torch.minimum(self.lowest, norms(d, "l2").square() + self.c * missing, out=self.lowest)
             weight = torch.where(missing > 0, self.c if self.loss.targeted else -self.c, 0.0)
             pull = torch.where(spread(missing > 0, d), spread(weight, d) * gradient, 0.0)
-            slope = (2 * d / width + pull).nan_to_num_(0.0, 0.0, 0.0)
+            slope = (2 * d / width + pull).nan_to_num(0.0, 0.0, 0.0)
             slope *= half - (self.adv - (self.lo + self.hi) / 2).square() / half  # through the tanh
 
             self.done += 1

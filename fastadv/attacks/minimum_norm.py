@@ -164,7 +164,7 @@ class _Walk(Nearest):
         inputs = self.inputs()
         logits, self.losses, gradient = self.passes.gradient(inputs, self.loss, self.y, None, self.losses)
         with torch.no_grad():
-            gradient = self.passes.to_scale(gradient.to(self.centre.dtype), self.losses[1]).nan_to_num_(0.0, 0.0, 0.0)
+            gradient = self.passes.to_scale(gradient.to(self.centre.dtype), self.losses[1]).nan_to_num(0.0, 0.0, 0.0)
             gain, fooled = self.judged(logits, self.losses[0])
             self.keep(inputs, gain, fooled)
             cosine = (1 + (self.done * (math.pi / self.steps)).cos()) / 2

@@ -123,6 +123,7 @@ def clean_logits(batch: Batch) -> Tensor:
     batch.queries += 1
     with torch.no_grad():
         logits: Tensor = Passes(batch.model, check=batch.passes.check).logits(batch.inputs(batch.x))
+    batch.passes.check = None  # a part of the batch may be next
     return logits
 
 

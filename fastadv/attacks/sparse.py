@@ -109,7 +109,7 @@ class _PGD0(Nearest):
         with torch.no_grad():
             stopped = self.fooled.clone()  # who fools the passes only now may yet be found not to fool the model
             self.keep(inputs, *self.judged(logits, self.losses[0]))
-            direction = unit(gradient.to(self.adv.dtype).nan_to_num_(0.0, 0.0, 0.0), "l1")
+            direction = unit(gradient.to(self.adv.dtype).nan_to_num(0.0, 0.0, 0.0), "l1")
             moved = self.projected(self.adv + self.alpha * direction)
             self.adv.copy_(torch.where(spread(stopped, moved), self.adv, moved))
 
