@@ -145,14 +145,17 @@ class Probe:
         return fooled
 
     def change_nearby(self, x: Tensor, y: Tensor, samples: Tensor, radius: float, draws: int) -> Tensor:
-        """[N], the mean relative change of the loss among neighbours within the linf radius, clipped at 1."""
+        """[N], the mean relative change of the loss among neighbours within the linf radius, clipped at 1.
+
+        Relative to 1 where the loss is smaller than that: it crosses zero at the decision boundary.
+        """
         lo, hi = checks.bounds(self.bounds)
         noise, here = Draws(self.seed, samples, NEARBY), self.losses(x, y)
         change = torch.zeros_like(here)
         for step in range(draws):
             neighbours = (x + inside(noise, step, x, radius, "linf")).clamp(lo, hi)
             change += (self.losses(neighbours, y) - here).abs() / draws
-        return (change / torch.where(here == 0, 1.0, here.abs())).nan_to_num(nan=1.0).clamp(max=1.0)
+        return (change / here.abs().clamp(min=1.0)).nan_to_num(nan=1.0).clamp(max=1.0)
 
     def _parts(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Batches of the tensors' rows; what has no rows is given to each."""
