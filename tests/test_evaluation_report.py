@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import batch, cnn, linear, one_thread  # noqa: F401 - a fixture
 from torch import nn
 
 from fastadv.evaluation import Alarm, Curves, Evaluation, Row, robustness_curves
 from fastadv.evaluation.outcome import ROBUSTBENCH, radius, wilson
 from fastadv.evaluation.page import by_class, page, reproduction
-from tests.models import batch, cnn, linear, one_thread  # noqa: F401 - a fixture
 
 FILES = ["evaluation-report.html", "report.json", "report.md", "robustbench.json"]
 SETTINGS = {
