@@ -300,10 +300,25 @@ def test_accuracy_against_eps_is_that_of_the_closed_form():
     assert curves.accuracy == [1.0, 0.875, 0.875, 0.75, 0.625, 0.5]
     assert len(curves.accuracy_by_step) == len(curves.loss_by_step) == 51
     assert curves.accuracy_by_step[-1] == 0.625
-    assert sorted(curves.accuracy_by_step, reverse=True) == curves.accuracy_by_step  # who was fooled once stays so
     # In the end each first pixel is as far on the wrong side as it gets, 0.1 from where it was.
     worst = 10 * (0.1 - gap)
     assert curves.loss_by_step[-1] == pytest.approx(float(nn.functional.softplus(worst).mean()), rel=1e-4)
+
+
+class Waves(nn.Module):
+    """Its answer changes back and forth within a step."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wave = (300 * x.flatten(1)[:, :1]).sin()
+        return torch.cat([-wave, wave], 1)
+
+
+def test_who_was_fooled_once_stays_so():
+    x = torch.linspace(0.3, 0.7, 24).view(24, 1, 1, 1).expand(24, 1, 1, 2).contiguous()
+    curves = robustness_curves(Waves(), x, Waves()(x).argmax(1), 0.1)
+    assert 1 > curves.accuracy_by_step[0] > 0
+    assert sorted(curves.accuracy_by_step, reverse=True) == curves.accuracy_by_step
+    assert sorted(curves.accuracy, reverse=True) == curves.accuracy
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
