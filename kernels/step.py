@@ -406,7 +406,10 @@ def l1_step_kernel(
 
 STREAM_BLOCK = 1024  # linf, apgd, start: 8 elements a thread, two 16-byte loads of each fp32 tensor in flight
 L2_ON_CHIP_KIB = 32  # of each of adv, grad and x; twice that spills registers
-SUM_BLOCK, SUM_PARTS = 2048, 256  # a large sample is summed in up to 256 parts: few enough to be added up again by every program
+SUM_BLOCK, SUM_PARTS = (
+    2048,
+    256,
+)  # of a large sample, up to 256 parts: few enough to be added up again by every program
 L1_BLOCK_KIB = 16
 
 

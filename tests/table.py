@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastadv import ops
+from fastadv import ops, reference
 
 # Native kernels and Triton against the reference. "cpp" must exist where tests run; a missing one is a failure, not a skip.
 BACKENDS = ("cpp", "triton", "reference")
 STEP_BACKENDS = {"linf_step": BACKENDS, "l2_step": BACKENDS, "l1_step": BACKENDS}
+UPDATE_BACKENDS = {"apgd_step": BACKENDS, "momentum_step": BACKENDS}
 
 # (dtype of adv and x, dtype of grad)
 STEP_DTYPES = [
@@ -98,6 +100,58 @@ def step_inputs(shape: tuple[int, ...], dtype: torch.dtype, grad_dtype: torch.dt
     adv = x + 0.1 * torch.randn(shape, generator=generator)
     grad = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.1)
     return adv.to(dtype), grad.to(grad_dtype), x.to(dtype)
+
+
+def update_inputs(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, grad_dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
+    """What a step with momentum writes (adv first), grad, x, and the flags of the samples, in every combination."""
+    adv, grad, x = step_inputs(shape, dtype, grad_dtype)
+    generator = torch.Generator().manual_seed(sum(shape) + 2)
+    others = [torch.randn(shape, generator=generator) for _ in range(4)]
+    number = torch.arange(len(x))
+    if op == "momentum_step":
+        return [adv, (others[0] / max(1, x[:1].numel())).to(dtype)], grad, x, []
+    old, best, image = ((x.float() + 0.1 * noise).to(dtype) for noise in others[:3])
+    return [adv, old, best, others[3].to(grad_dtype), image], grad, x, [number % 2 == 0, number % 3 == 0]
+
+
+UPDATE_SCALARS = (0.02, 0.7, 0.06)  # alpha, momentum or decay, eps
+
+
+def check_update(
+    op: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    shape: tuple[int, ...],
+    scalars: str = "shared",
+    place: Callable[[Tensor], Tensor] = lambda t: t,
+    truncates: bool = False,
+) -> None:
+    """One step, on tensors as ``place`` puts them, against the reference on the CPU; ``truncates``: a store of bf16 does so."""
+    written, grad, x, flags = update_inputs(op, shape, *dtypes)
+    values: list[float | Tensor] = [*UPDATE_SCALARS]
+    if scalars == "per_sample":
+        values = [v * torch.linspace(0, 1.4, len(x), dtype=torch.float64) for v in values]
+    *results, grad_, x_ = map(place, (*(t.clone() for t in written), grad, x))
+    layouts = [t.stride() for t in results]
+    moved = getattr(ops, f"{op}_")(*results, grad_, x_, *values, 0.0, 1.0, *(flag.to(x_.device) for flag in flags))
+    assert moved is results[0]
+    assert [t.stride() for t in results] == layouts
+    assert torch.equal(grad_.cpu(), grad), "grad was modified"
+    assert torch.equal(x_.cpu(), x), "x was modified"
+
+    expected = getattr(reference.step, op)(*written, grad, x, *values, 0.0, 1.0, *flags)
+    results = [t.cpu() for t in results]
+    one_place = 2**-7 if truncates and dtypes[0] == torch.bfloat16 else 0
+    if op == "momentum_step":
+        velocity, scale = results[1].double(), max(1, x[:1].numel())
+        # In units of its mean size; how many terms are summed in which order rounds, but not more.
+        rounding = max(ROUNDING[dtypes[0]], one_place)
+        torch.testing.assert_close(scale * velocity, scale * expected[1].double(), rtol=rounding, atol=rounding)
+        # A velocity of almost nothing may round to either side of 0: the step is along the one that is kept.
+        expected = (reference.step.linf_step(written[0], results[1], x, values[0], values[2], 0.0, 1.0), results[1])
+    torch.testing.assert_close(results[0], expected[0], rtol=one_place, atol=0)
+    assert all(map(torch.equal, results[1:], expected[1:]))
 
 
 def logits_and_labels(rows: int, classes: int, dtype: torch.dtype, scale: float = 3.0) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_cpu_tensors_take_the_cpp_kernels():
-    for op in (*ops.STEPS, *ops.STARTS, *ops.WEIGHTS, *ops.LOSSES):
+    for op in ops.ALL:
         assert ops.choice(op, "cpu") == ("cpp", "first choice")
 
 
@@ -67,7 +67,7 @@ def test_an_op_without_a_triton_kernel_says_so():
 
 
 def test_every_op_has_a_triton_kernel():
-    assert set(importlib.import_module("fastadv.kernels").OPS) == {*ops.STEPS, *ops.STARTS, *ops.WEIGHTS, *ops.LOSSES}
+    assert set(importlib.import_module("fastadv.kernels").OPS) == set(ops.ALL)
 
 
 def test_unknown_backends_are_refused_at_once():

@@ -21,7 +21,7 @@ LOSSES = ("9LabelLoss", "13SoftLabelLoss", "9RatioLoss", "6KlLoss", "6SeLoss")
 # Kernels that move 16 bytes at once, by storage of the image, and those of losses that hold a row in registers.
 STREAMING = [
     f"{kernel}_kernelI{storage}E"
-    for kernel in ("linf_step", "l2_on_chip", "l2_sums", "l2_apply")
+    for kernel in ("linf_step", "apgd_step", "momentum_sums", "momentum_apply", "l2_on_chip", "l2_sums", "l2_apply")
     for storage in ("f", "d", "NS_4bf16E", "NS_3f16E")
 ]
 STREAMING += [
@@ -60,12 +60,13 @@ def usage() -> dict[str, list[dict[str, int]]]:
 
 
 def kernels(names: Iterator[str]) -> set[str]:
-    pattern = r"(linf_step|linf_start|l2_[a-z_]+|l1_step|weight_sums|perturb|loss)_kernel[IE]"
+    pattern = r"(linf_step|linf_start|apgd_step|momentum_(?:sums|apply)|l2_[a-z_]+|l1_step|weight_sums|perturb|loss)_kernel[IE]"
     return {match[1] for name in names if (match := re.search(pattern, name))}
 
 
 def test_every_kernel_is_there_for_every_architecture(sass, usage):
-    expected = {"linf_step", "linf_start", "l2_on_chip", "l2_sums", "l2_apply", "l1_step", "weight_sums", "perturb", "loss"}
+    expected = {"linf_step", "linf_start", "apgd_step", "momentum_sums", "momentum_apply", "l2_on_chip", "l2_sums", "l2_apply"}
+    expected |= {"l1_step", "weight_sums", "perturb", "loss"}
     for arch in native.BUILD_INFO["cuda_archs"].split():
         assert kernels(name for a, name in sass if a == arch) == expected, arch
     for loss in LOSSES:
@@ -94,5 +95,5 @@ def test_streams_move_16_bytes_at_once(sass, kernel):
     assert set(found) == set(native.BUILD_INFO["cuda_archs"].split())
     for arch, code in found.items():
         assert "LDG.E.128" in code or "LDG.E.ENL2.128" in code, arch
-        if "l2_sums" not in kernel:
+        if "l2_sums" not in kernel and "momentum_sums" not in kernel:
             assert "STG.E.128" in code, arch

@@ -70,7 +70,7 @@ def test_every_public_name_is_documented():
     for name in fastadv.__all__:
         if not name.startswith("_"):
             assert (getattr(fastadv, name).__doc__ or "").strip(), f"fastadv.{name} has no docstring"
-    steps = (*fastadv.ops.STEPS, *(f"{step}_" for step in fastadv.ops.STEPS))
+    steps = (*fastadv.ops.STEPS, *(f"{step}_" for step in (*fastadv.ops.STEPS, *fastadv.ops.UPDATES)))
     for name in (*steps, *fastadv.ops.STARTS, *fastadv.ops.LOSSES, "weight_sums", "perturb_", "restore_"):
         assert getattr(fastadv.ops, name).__doc__
 

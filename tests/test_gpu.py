@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
 from models import batch, cnn, linear
-from table import CLASSES, ROUNDING, SHAPES, STEP_DTYPES, arrange, layouts, logits_and_labels, name, step_inputs
+from table import (
+    CLASSES,
+    ROUNDING,
+    SHAPES,
+    STEP_DTYPES,
+    UPDATE_SCALARS,
+    arrange,
+    check_update,
+    layouts,
+    logits_and_labels,
+    name,
+    step_inputs,
+    update_inputs,
+)
 from torch import Tensor
 
 import fastadv
@@ -22,7 +36,7 @@ pytestmark = pytest.mark.gpu
 BACKENDS = ("cuda", "triton")
 LABEL_LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted")
 DIVERGENCES = ("kl", "se")
-EVERY_OP = (*ops.STEPS, *ops.STARTS, *ops.LOSSES, "ce soft", "awp")
+EVERY_OP = (*ops.STEPS, *ops.UPDATES, *ops.STARTS, *ops.LOSSES, "ce soft", "awp")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Beyond what the CPU table has: more samples than a grid has rows; a sample on chip that needs more shared memory than CUDA
@@ -100,6 +114,23 @@ def test_steps(backend, op, dtypes, shape, scalars):
 @pytest.mark.parametrize("op", ops.STEPS)
 def test_large_steps(backend, op, dtypes, shape, scalars):
     check_step(op, dtypes, LARGE_SHAPES[shape], scalars, "contiguous")
+
+
+@pytest.mark.parametrize("scalars", ["shared", "per_sample"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtypes", STEP_DTYPES, ids=name)
+@pytest.mark.parametrize("op", ops.UPDATES)
+def test_updates(backend, op, dtypes, shape, scalars):
+    for layout in layouts(SHAPES[shape]):
+        check_update(op, dtypes, SHAPES[shape], scalars, partial(on_gpu, layout=layout))
+
+
+@pytest.mark.parametrize("scalars", ["shared", "per_sample"])
+@pytest.mark.parametrize("shape", LARGE_SHAPES)
+@pytest.mark.parametrize("dtypes", LARGE_DTYPES, ids=name)
+@pytest.mark.parametrize("op", ops.UPDATES)
+def test_large_updates(backend, op, dtypes, shape, scalars):
+    check_update(op, dtypes, LARGE_SHAPES[shape], scalars, Tensor.cuda)
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 1e37], ids=["subnormal", "tiny", "huge", "largest"])
@@ -311,6 +342,11 @@ def draw(op: str, seed: int, huge: bool = False) -> list[Tensor]:
         rows, classes = (5, 21_841) if huge else (70, 1000)
         return [a.cuda() for a in loss_inputs(op, rows, classes, torch.float32, seed)]
     shape = LARGE_SHAPES["huge"] if huge else (9, 3, 65, 67)
+    if op in ops.UPDATES:
+        written, grad, x, flags = update_inputs(op, shape, torch.float32, torch.bfloat16)
+        scalars = torch.tensor(UPDATE_SCALARS, dtype=torch.float64)[:, None] * torch.linspace(0.9, 1.1 + seed, len(x))
+        grad, flags = grad.roll(seed, -1), [flag.roll(seed) for flag in flags]
+        return [t.cuda() for t in (*written, grad, x, *scalars, *flags)]
     generator = torch.Generator().manual_seed(seed)
     x, noise, grad = torch.rand(shape, generator=generator), *torch.randn(2, *shape, generator=generator)
     alpha, eps = sizes("linf_step" if op == "linf_start" else op, shape)
@@ -328,6 +364,11 @@ def call(op: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         return (*weights, *backup)
     if op in ops.STEPS:
         return (getattr(ops, op)(*inputs, 0.0, 1.0),)
+    if op in ops.UPDATES:
+        count = 5 if op == "apgd_step" else 2
+        written = [t.clone() for t in inputs[:count]]
+        getattr(ops, f"{op}_")(*written, *inputs[count : count + 5], 0.0, 1.0, *inputs[count + 5 :])
+        return tuple(written)
     if op in ops.STARTS:
         return (ops.linf_start(*inputs, 0.0, 1.0, 99),)
     return getattr(ops, op.split()[0])(*inputs)
@@ -538,7 +579,9 @@ def test_small_run(backend, op):
             continue
         for shape in ((5, 3, 7, 9), (4, 3, 8, 8), (2, 3, 129, 131), (1, 200_000), (1, 200_003)):
             for scalars in ("shared", "per_sample"):
-                if op == "linf_start":
+                if op in ops.UPDATES:
+                    check_update(op, (dtype, dtype), shape, scalars, Tensor.cuda)
+                elif op == "linf_start":
                     check_start(dtype, shape, scalars, "contiguous")
                 else:
                     check_step(op, (dtype, dtype), shape, scalars, "contiguous")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from table import step_inputs
+from table import UPDATE_SCALARS, step_inputs, update_inputs
 from torch import Tensor
 
 from fastadv import native, ops
@@ -55,6 +55,19 @@ def test_steps_write_nothing_outside_at_any_alignment(op, dtype, offset):
 
 
 @pytest.mark.parametrize("offset", range(17))
+@pytest.mark.parametrize("op", ops.UPDATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_updates_write_nothing_outside_at_any_alignment(op, dtype, offset):
+    written, grad, x, flags = update_inputs(op, (3, 37), dtype, dtype)
+    inside, around = zip(*(surrounded(t, (i + 1) * offset % 17) for i, t in enumerate(written)), strict=True)
+    getattr(ops, f"{op}_")(*written, grad, x, *UPDATE_SCALARS, 0.0, 1.0, *flags)
+    misaligned = (surrounded(t, offset * i % 17)[0] for i, t in ((3, grad), (5, x)))
+    getattr(ops, f"{op}_")(*inside, *misaligned, *UPDATE_SCALARS, 0.0, 1.0, *flags)
+    assert all(map(torch.equal, inside, written))
+    assert all(is_poison(*sides) for sides in around)
+
+
+@pytest.mark.parametrize("offset", range(17))
 @pytest.mark.parametrize("classes", [2, 10, 33])
 @pytest.mark.parametrize("op", ["ce", "log_odds", "margin", "dlr", "kl", "se"])
 def test_losses_write_nothing_outside_at_any_alignment(op, classes, offset):
@@ -88,6 +101,21 @@ def test_results_do_not_depend_on_the_number_of_threads(op):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("op", ops.UPDATES)
+def test_updates_do_not_depend_on_the_number_of_threads(op):
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 8):
+            written, grad, x, flags = update_inputs(op, (7, 3, 129, 131), torch.float32, torch.float32)
+            torch.set_num_threads(n)
+            getattr(ops, f"{op}_")(*written, grad, x, *UPDATE_SCALARS, 0.0, 1.0, *flags)
+            results.append(written)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/self/maps")
 def test_the_process_has_a_single_openmp_runtime():
     """Two would each start their own threads on the same cores: 30 times slower here when it happened."""
@@ -118,6 +146,10 @@ def test_the_streaming_loops_are_vectorised():
         ("apply<float, float,", "LinfStep<float>"): "vaddps|vsubps",
         ("apply<float, float,", "L2Step<float>"): "vmulps|vfm",
         ("l2_sums<float, float>",): "vmulpd|vfm",
+        ("apgd_move<float, float,",): "vaddps|vsubps",
+        ("apgd_move<float, fastadv::bf16,",): "vaddps|vsubps",
+        ("sum_of_sizes<float>",): "vaddpd",
+        ("momentum_move<float, float,",): "vmulps",
         ("apply<float, fastadv::bf16,", "LinfStep<float>"): "vaddps|vsubps",
         ("ce_rows<float>",): "vmulps|vfm",
         ("log_odds_rows<float>",): "vmulps|vfm",

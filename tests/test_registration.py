@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import logits_and_labels, step_inputs
+from table import UPDATE_SCALARS, logits_and_labels, step_inputs, update_inputs
 from torch.library import opcheck
 
 from fastadv import ops
@@ -20,7 +20,7 @@ def label_arguments(op: str, dtype: torch.dtype = torch.float32) -> tuple[torch.
 
 
 def test_every_op_is_registered():
-    for name in (*(f"{step}_" for step in ops.STEPS), *ops.STARTS, *ops.LOSSES, "weight_sums", "perturb_"):
+    for name in (*(f"{step}_" for step in (*ops.STEPS, *ops.UPDATES)), *ops.STARTS, *ops.LOSSES, "weight_sums", "perturb_"):
         assert hasattr(torch.ops.fastadv, name)
         assert hasattr(ops, name)
 
@@ -32,6 +32,14 @@ def test_opcheck_steps(op, per_sample):
     extra = (0.1,) if op == "l1_step" else ()
     scalars = (torch.rand(4), torch.rand(4)) if per_sample else (None, None)
     opcheck(getattr(torch.ops.fastadv, f"{op}_").default, (adv, grad, x, 0.1, 0.2, 0.0, 1.0, *extra, *scalars))
+
+
+@pytest.mark.parametrize("op", ops.UPDATES)
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per_sample"])
+def test_opcheck_updates(op, per_sample):
+    written, grad, x, flags = update_inputs(op, (4, 3, 5, 5), torch.float32, torch.bfloat16)
+    scalars = [torch.rand(4) if per_sample else None] * 3
+    opcheck(getattr(torch.ops.fastadv, f"{op}_").default, (*written, grad, x, *UPDATE_SCALARS, 0.0, 1.0, *flags, *scalars))
 
 
 @pytest.mark.parametrize("radii", [None, torch.rand(4)], ids=["shared", "per_sample"])
@@ -118,6 +126,31 @@ def test_in_place_steps_move_the_version_counter(op):
     assert adv._version == before + 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+@pytest.mark.parametrize("op", ops.UPDATES)
+def test_compiled_updates_are_the_eager_ones(op):
+    written, grad, x, flags = update_inputs(op, (4, 3, 5, 5), torch.float32, torch.float32)
+    alpha = torch.linspace(0.01, 0.02, 4)
+
+    def update(*written):
+        return getattr(ops, f"{op}_")(*written, grad, x, alpha, 0.7, 0.06, 0.0, 1.0, *flags) + 1
+
+    results = []
+    for function in (update, torch.compile(update, fullgraph=True, backend="aot_eager")):
+        given = [t.clone() for t in written]
+        results.append((function(*given), *given))
+    assert all(map(torch.equal, *results))
+    assert not torch.equal(results[0][1], written[0])
+
+
+@pytest.mark.parametrize("op", ops.UPDATES)
+def test_updates_move_the_version_counter_of_all_they_write(op):
+    written, grad, x, flags = update_inputs(op, (4, 5), torch.float32, torch.float32)
+    before = [t._version for t in (*written, grad, x)]
+    getattr(ops, f"{op}_")(*written, grad, x, *UPDATE_SCALARS, 0.0, 1.0, *flags)
+    moved = [t._version - v for t, v in zip((*written, grad, x), before, strict=True)]
+    assert moved == [1] * len(written) + [0, 0]
 
 
 def test_out_moves_the_version_counter():

@@ -12,11 +12,14 @@ from table import (
     SHAPES,
     STEP_BACKENDS,
     STEP_DTYPES,
+    UPDATE_BACKENDS,
     arrange,
+    check_update,
     layouts,
     name,
     need_backend,
     step_inputs,
+    update_inputs,
 )
 from torch import Tensor
 
@@ -203,6 +206,105 @@ def test_zero_radius_gives_x_back(op, backend):
     adv, grad, x = step_inputs((4, 3, 8, 8), torch.float32, torch.float32)
     assert torch.equal(run(op, backend, adv, grad, x, 0.1, 0.0, 0.0, 1.0), x)
 
+
+# ------------------------------------------------------------------------------------------------------------ momentum
+
+UPDATE_CASES = [
+    pytest.param(op, backend, dtypes, shape, layout, scalars, id=f"{op}-{backend}-{name(dtypes)}-{shape}-{layout}-{scalars}")
+    for op, backends in UPDATE_BACKENDS.items()
+    for backend in backends
+    for dtypes in STEP_DTYPES
+    for shape in SHAPES
+    for layout in layouts(SHAPES[shape])
+    for scalars in ("shared", "per_sample")
+    if backend != "triton" or worth_interpreting(dtypes, shape, layout, scalars)
+]
+
+
+@pytest.mark.parametrize(("op", "backend", "dtypes", "shape", "layout", "scalars"), UPDATE_CASES)
+def test_every_backend_updates_as_the_reference(op, backend, dtypes, shape, layout, scalars):
+    need_backend(op, backend)
+    with fastadv.use_backend(backend):
+        check_update(op, dtypes, SHAPES[shape], scalars, lambda t: arrange(t, layout), truncates=backend == "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_apgd_step_remembers_before_it_moves(backend):
+    """By hand: the momentum of Croce and Hein's equation (5) from two points of a line, and who remembers what."""
+    adv, old, best, best_grad, image = (torch.full((4, 1), v) for v in (0.5, 0.25, 7.0, 8.0, 9.0))
+    grad = torch.tensor([[1.0], [-2.0], [math.nan], [3.0]])
+    better, taken = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    x, eps = torch.full((4, 1), 0.375), torch.tensor([1.0, 1.0, 1.0, 0.1875])
+    args = (grad, x, 0.125, 0.75, eps, 0.0, 1.0, better, taken)
+    assert run("apgd_step_", backend, adv, old, best, best_grad, image, *args) is adv
+    # 0.75 * 0.125 of the step, one way or the other or not at all, and 0.25 * 0.25 of the last move; the ball ends at 0.5625.
+    assert adv[:, 0].tolist() == [0.65625, 0.46875, 0.5625, 0.5625]
+    assert old[:, 0].tolist() == [0.5] * 4
+    assert best[:, 0].tolist() == [0.5, 0.5, 7, 7]
+    assert best_grad[:, 0].tolist() == [1, -2, 8, 8]
+    assert image[:, 0].tolist() == [0.5, 9, 0.5, 9]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_apgd_step_is_in_the_ball_to_the_last_bit(backend):
+    """Where a linf step would be: what is far outside lands on the same wall."""
+    (adv, *state), grad, x, flags = update_inputs("apgd_step", (16, 50), torch.float32, torch.float32)
+    eps = 8 / 255
+    walls = [ops.linf_step(x, s * torch.ones_like(x), x, 1.0, eps, 0.0, 1.0) for s in (-1, 1)]
+    run("apgd_step_", backend, adv, *state, grad, x, 0.1, 0.75, eps, 0.0, 1.0, *flags)
+    assert (adv >= walls[0]).all()
+    assert (adv <= walls[1]).all()
+    assert ((adv == walls[0]) | (adv == walls[1])).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("unit", [1e-40, 1e-30, 1.0, 1e30, 1e36], ids=["subnormal", "tiny", "usual", "huge", "largest"])
+def test_velocity_has_the_size_of_a_direction(backend, unit):
+    grad = torch.tensor([[1.0, -2.0, 1.0], [0.0, 0.0, 0.0], [1.0, math.nan, 2.0], [1.0, -math.inf, 2.0]]) * unit
+    x, velocity = torch.full((4, 3), 0.5), torch.full((4, 3), 0.25)
+    adv = x.clone()
+    run("momentum_step_", backend, adv, velocity, grad, x, 0.125, 0.5, 1.0)
+    expected = torch.full((4, 3), 0.125)
+    expected[0] += torch.tensor([0.25, -0.5, 0.25])
+    torch.testing.assert_close(velocity, expected, rtol=1e-4 if unit == 1e-40 else 1e-6, atol=0)
+    assert adv[0].tolist() == [0.625, 0.375, 0.625]
+    assert (adv[1:] == 0.625).all()  # on as before
+
+
+BAD_UPDATES = {
+    "old": (1, lambda t: t.double(), "old must be like adv"),
+    "best gradient": (3, lambda t: t.double(), "best_grad must be like grad"),
+    "image": (4, lambda t: t[:1], "image must be like adv"),
+    "x": (6, lambda t: t[:, :2], "one shape"),
+    "momentum": (8, lambda t: torch.ones(3), r"momentum must be a float or have shape \[2\]"),
+    "eps": (9, lambda t: -0.1, "eps must be >= 0"),
+    "better": (12, lambda t: t.float(), r"better must be bool \[2\]"),
+    "taken": (13, lambda t: t[:1], r"taken must be bool \[2\]"),
+    "requires grad": (2, lambda t: t.requires_grad_(), "requires grad"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_UPDATES)
+def test_bad_updates_are_refused_untouched(case):
+    tensors = [torch.rand(2, 3) for _ in range(7)]
+    before = [t.clone() for t in tensors]
+    arguments = [*tensors, 0.1, 0.7, 0.2, 0.0, 1.0, torch.tensor([True, True]), torch.tensor([True, True])]
+    which, worse, message = BAD_UPDATES[case]
+    arguments[which] = worse(arguments[which])
+    with pytest.raises(ValueError, match=message):
+        ops.apgd_step_(*arguments)
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_a_bad_velocity_or_decay_is_refused():
+    x = torch.rand(2, 3)
+    with pytest.raises(ValueError, match="velocity must be like adv"):
+        ops.momentum_step_(x, x.half(), x, x, 0.1, 1.0, 0.2)
+    with pytest.raises(ValueError, match=r"decay must be a float or have shape \[2\]"):
+        ops.momentum_step_(x, x.clone(), x, x, 0.1, torch.ones(5), 0.2)
+
+
+# --------------------------------------------------------------------------------------------------------------- start
 
 START_CASES = [
     pytest.param(backend, dtype, shape, layout, scalars, id=f"{backend}-{name(dtype)}-{shape}-{layout}-{scalars}")

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "i64": torch.int64}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "i64": torch.int64, "u8": torch.uint8}
 
 # op, types of image and gradient, or of logits, and what else; then the size of a sample or the number of classes. Besides
 # ordinary sizes, the largest that a program takes at once, where registers are scarcest, and ones that it must stream.
@@ -30,8 +30,14 @@ STEPS = [
     ("l2_step", "fp32 fp32", 8192), ("l2_step", "fp32 bf16 per_sample", 3072), ("l2_step", "fp64 fp64", 4096),
     ("l2_step", "fp32 fp32", 150528),
     ("l1_step", "fp32 fp32", 3072), ("l1_step", "fp64 fp64", 150528),
+    ("apgd_step", "fp32 fp32", 3072), ("apgd_step", "fp32 bf16 per_sample", 3072), ("apgd_step", "fp64 fp64", 3072),
+    ("momentum_step", "fp32 fp32", 3072), ("momentum_step", "fp32 bf16 per_sample", 150528),
+    ("momentum_step", "fp64 fp64", 3072),
     # The launcher makes a size of 1 a constant and one past 2^31 a 64-bit argument: other programs again.
-    *((op, "fp32 fp32 per_sample", size) for op in ("linf_step", "linf_start", "l2_step", "l1_step") for size in (1, 3 << 31)),
+    *(
+        (op, "fp32 fp32 per_sample", size)
+        for op in ("linf_step", "linf_start", "l2_step", "l1_step", "apgd_step", "momentum_step") for size in (1, 3 << 31)
+    ),
 ]  # fmt: skip
 LOSSES = [
     ("ce", "fp32", 1000), ("ce", "fp32", 21841), ("ce", "fp32 soft", 4096), ("log_odds", "bf16", 10),
@@ -68,7 +74,7 @@ def compiled() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize(("op", "types", "size"), CASES, ids=["-".join(key("", *case).split()) for case in CASES])
 def test_kernels_do_not_spill_and_read_whole_vectors(compiled, target, op, types, size):
     kernels = compiled[key(target, op, types, size)]
-    assert len(kernels) == (2 if op == "l2_step" and size > 8192 else 1)
+    assert len(kernels) == (2 if op == "momentum_step" or (op == "l2_step" and size > 8192) else 1)
     for kernel in kernels:
         assert kernel["stack"] == 0, f"{kernel['name']}: registers spill to memory"
         if size not in UNALIGNED:
@@ -105,7 +111,12 @@ def call(op: str, types: str, size: int) -> None:
         return
     t = empty(dtype, 16, size)
     eps = empty("fp64", 16) if "per_sample" in rest else 0.1
-    if op == "linf_start":
+    if op == "apgd_step":
+        flag, grad = torch.empty(16, dtype=torch.bool, device="meta"), empty(rest[0], 16, size)
+        OPS[op](t, t, t, grad, t, grad, t, eps, eps, eps, 0.0, 1.0, flag, flag)
+    elif op == "momentum_step":
+        OPS[op](t, t, empty(rest[0], 16, size), t, eps, eps, eps, 0.0, 1.0)
+    elif op == "linf_start":
         OPS[op](t, t, eps, 0.0, 1.0, 12345)
     elif op.endswith("step"):
         OPS[op](t, t, empty(rest[0], 16, size), t, eps, eps, 0.0, 1.0, *[0.02] * (op == "l1_step"))
@@ -157,7 +168,7 @@ def compile_everything() -> dict[str, list[dict[str, Any]]]:
             i for i, (p, a) in enumerate(zip(kernel.params, arguments, strict=False))
             if isinstance(a, torch.Tensor) or (isinstance(a, int) and a % 16 == 0 and not p.do_not_specialize)
         ]  # fmt: skip
-        inputs = ("p_adv", "p_grad", "p_x") if case in STEPS else ("p_z", "p_z_ref")
+        inputs = ("p_adv", "p_old", "p_velocity", "p_grad", "p_x") if case in STEPS else ("p_z", "p_z_ref")
         inputs = sum(name in inputs for name in signature) if case not in WEIGHTS else 3 if "other" in case[1] else 2
         for name, target in TARGETS.items():
             done = triton.compile(

@@ -60,7 +60,7 @@ class FAB(Attack):
     def __init__(
         self,
         model: Model,
-        eps: Scalar | None,
+        eps: Scalar | None = None,
         steps: int = 100,
         restarts: int = 1,
         early_stop: bool = False,
@@ -167,7 +167,7 @@ class FABT(FAB):
     def __init__(
         self,
         model: Model,
-        eps: Scalar | None,
+        eps: Scalar | None = None,
         targets: int = 9,
         steps: int = 100,
         restarts: int = 1,

@@ -82,8 +82,8 @@ class FMN(MinimumNorm):
 
     Pintor, Roli, Brendel and Biggio, "Fast Minimum-norm Adversarial Attacks through Adaptive Norm Constraints", 2021. The
     walk starts at x. Other than in the paper l1 projections are onto ball and box together; before the first success the
-    radius grows by ``gamma`` even where the model made linear promises a nearer boundary, on which the walk would else stop
-    short; and with ``eps`` it does not grow beyond that.
+    radius grows by ``gamma`` at least, even where the model made linear has its boundary nearer, in front of which the walk
+    could else stay; and with ``eps`` it does not grow beyond that.
 
     Args:
         model: any callable that maps a batch [N, ...] to logits [N, C]. Left exactly as found.
@@ -129,7 +129,7 @@ class FMN(MinimumNorm):
         limit, alpha = farthest(batch), self._sign * self.alpha * span(batch)
         loop = _FMN(
             **begun(batch, "margin"), steps=self.steps, limit=limit,
-            radius=torch.full_like(limit, 1.0 if self.norm == "l0" else math.inf),
+            radius=torch.full_like(limit, 1.0 if self.norm == "l0" else 0.0),
             gamma=self.gamma, gamma_final=self.gamma_final, longest=alpha, shortest=alpha / 100,
         )  # fmt: skip
         return driven(self, loop, batch, self.steps)
@@ -207,10 +207,9 @@ class _FMN(_Walk):
         if self.norm == "l0":
             smaller = torch.minimum(self.radius - 1, smaller.floor()).clamp_(min=0)
             larger = torch.maximum(self.radius + 1, larger.floor())
-        else:  # before the first success the boundary is looked for where the model would have it if it were linear
+        else:  # before the first success the ball also reaches to where the boundary would be if the model were linear
             length, slope = norms(self.adv - self.centre, self.norm), norms(gradient, DUAL[self.norm]).clamp_(min=1e-12)
-            linear = torch.maximum(length + gain.abs() / slope, length * (1 + gamma))
-            larger = torch.where(self.fooled, larger, linear)
+            larger = torch.where(self.fooled, larger, torch.maximum(larger, length + gain.abs() / slope))
         radius = torch.where(fooled, torch.minimum(smaller, nearest), larger)
         torch.minimum(radius.to(self.radius.dtype), self.limit, out=self.radius)
         moved = self.adv - self.centre + self.stride(cosine) * unit(gradient)

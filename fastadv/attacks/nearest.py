@@ -122,7 +122,7 @@ def clean_logits(batch: Batch) -> Tensor:
     batch.forwards += 1
     batch.queries += 1
     with torch.no_grad():
-        logits: Tensor = Passes(batch.model).logits(batch.inputs(batch.x))
+        logits: Tensor = Passes(batch.model, check=batch.passes.check).logits(batch.inputs(batch.x))
     return logits
 
 

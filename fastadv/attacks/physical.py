@@ -127,7 +127,8 @@ class RP2(Attack):
 
     Eykholt et al., "Robust Physical-World Attacks on Deep Learning Visual Classification", 2018. There Adam minimises a loss
     with the perturbation's length and its non-printability as penalties; here projected gradient steps keep it within a radius,
-    or within ``bounds`` alone, and there is no score of printability.
+    or within ``bounds`` alone, there is no score of printability, and what rises is the mean of the log-odds against y: views
+    that are fooled already would have the largest gradients of a cross-entropy.
 
     Args:
         model: any callable that maps a batch [N, ...] to logits [N, C]. Left exactly as found.
@@ -176,6 +177,7 @@ class RP2(Attack):
             raise ValueError("mask must be a tensor of zeros and ones")
         if not isinstance(views, Sequence) or not all(map(callable, views)):
             raise ValueError(f"views must be a sequence of callables (x, uniform) -> x; got {views!r}")
+        checks.one_of("norm", norm, self.NORMS)
         if alpha is not None:
             checks.non_negative("alpha", alpha)
         elif eps is None and (norm != "linf" or bounds is None):

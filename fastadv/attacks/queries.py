@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,12 +42,15 @@ class Query(Loop):
         return self.adv
 
 
-def ask(engine: Engine, batch: Batch, images: Tensor) -> Tensor:
-    """Logits [M, C] of images [M, ...] of whatever samples. Forwards are counted, queries are not."""
+def ask(engine: Engine, batch: Batch, images: Tensor, ragged: bool = False) -> Tensor:
+    """Logits [M, C] of images [M, ...] of whatever samples. Forwards are counted, queries are not.
+
+    ``ragged``: their number may never come again, so that there is nothing to compile.
+    """
     batch.forwards += 1
     query = Query(adv=images)
     query.passes = batch.passes
-    run = engine.run(query, batch.model, part=len(images) != TOGETHER)
+    run = engine.run(query, batch.model, part=ragged)
     run.step()
     return run.loop.logits.clone()  # a recorded step answers into memory that the next one overwrites
 
@@ -77,7 +80,7 @@ class Walk(Query):
     losses: Losses | None = None
 
     @classmethod
-    def over(cls: type[W], batch: Batch, **state: Tensor) -> W:
+    def over(cls: type[W], batch: Batch, **state: Any) -> W:
         """A walk that starts from the clean images."""
         x = batch.x.clone()  # dense, and what is made of it alike
         # A tensor and not a number, which a recording would make one of: the kind of inputs is to stay the same.
@@ -118,7 +121,7 @@ class Walk(Query):
         if not len(fell):
             return 0
         with torch.no_grad():
-            score, fooled = self.scored(passes.logits(self.inputs()[fell]), self.y[fell])
+            score, fooled = self.scored(passes.logits(self.rounded(self.image())[fell]), self.y[fell])
         self.queries[fell] += 1
         self.standing[fell] = ~fooled
         self.score[fell] = score.to(self.score.dtype)
@@ -129,11 +132,19 @@ class Walk(Query):
         for name in self.RESULTS if part is not self else ():
             getattr(self, name)[slice(None) if rows is None else rows] = getattr(part, name)
 
+    def image(self) -> Tensor:
+        """The best so far."""
+        return self.adv
+
     def inputs(self) -> Tensor:
-        if self.adv.dtype == self.dtype:
-            return self.adv
-        farthest = per_sample(self.eps, self.adv, torch.float64) if self.norm == "linf" else math.inf
-        return round_towards(self.x.to(self.dtype), self.adv, farthest)
+        return self.rounded(self.adv)
+
+    def rounded(self, adv: Tensor) -> Tensor:
+        """In the caller's precision, inside the ball there too."""
+        if adv.dtype == self.dtype:
+            return adv
+        farthest = per_sample(self.eps, adv, torch.float64) if self.norm == "linf" else math.inf
+        return round_towards(self.x.to(self.dtype), adv, farthest)
 
 
 def walk(engine: Engine, batch: Batch, whole: W, chunks: Iterable[range], trials: Callable[[W, range], Iterator[None]]) -> None:

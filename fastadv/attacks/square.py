@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import checks, ops
 from ..engine import Model
 from ..reference.step import Scalar, per_sample
-from .base import Attack, Batch, as_function
+from .base import Attack, Batch, as_function, norms
 from .queries import Walk, growing, walk
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries: after these the windows' area halves
@@ -32,8 +32,9 @@ class Square(Attack):
     """Square attack: black-box, by ``queries`` forward passes of each sample, until one fools the model.
 
     The algorithm is that of the paper and of AutoAttack, but each sample has windows, signs and orientations of its own; the
-    reference draws one window for the whole batch. Windows also reach the last row and column, as in the paper's
-    algorithm; the reference's never do.
+    reference draws one window for the whole batch. In linf windows also reach the last row and column, as the paper says. The
+    authors' code never goes there, and in l2 and l1 neither does this, for that counts: of 300 digits under l1 5% more
+    withstood 300 queries with windows everywhere.
 
     The last two dimensions of x are height and width, and what comes before are channels; x [N, D] is a line of D pixels.
     Where a square is higher or wider than the image, a rectangle of its area takes its place.
@@ -100,13 +101,14 @@ class Square(Attack):
 
     def _share(self, query: int) -> float:
         """Of the image, that the windows of this query cover."""
-        return self.p_init / 2 ** bisect_left(HALVINGS, query * 10000 // self.queries)
+        return self.p_init * 0.5 ** bisect_left(HALVINGS, query * 10000 // self.queries)
 
 
 class _Windows(Walk):
     """A trial is a window of another colour, which is taken back where it is no better."""
 
     ODD: ClassVar[bool] = True  # whether windows have odd sides of 3 pixels or more, which have a middle
+    EDGES: ClassVar[bool] = False  # whether windows reach the last row and column
 
     def begin(self) -> Iterator[None]:
         """Looks at the clean image, and then at the first one of the search."""
@@ -150,12 +152,13 @@ class _Windows(Walk):
     def pieces(self, chunk: range, numbers: int, elements: int) -> Iterator[Tensor]:
         """What the queries of the chunk draw, [Q, N, numbers], so many together as may write ``elements`` each."""
         drawn = self.draw(chunk.start + 1, len(chunk), numbers).transpose(0, 1).contiguous()
-        return iter(drawn.split(max(1, PREPARED // (elements * len(self.adv)))))
+        return iter(torch.split(drawn, max(1, PREPARED // (elements * len(self.adv)))))
 
     def corner(self, u: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
         """Uniform places [Q, N] of windows inside the image, from two numbers each."""
         _, height, width = self.shape
-        return (u[..., 0] * (height - h + 1)).long(), (u[..., 1] * (width - w + 1)).long()
+        down, across = (max(1, size + self.EDGES) for size in (height - h, width - w))
+        return (u[..., 0] * down).long(), (u[..., 1] * across).long()
 
     def places(self, top: Tensor, left: Tensor, h: int, w: int) -> Tensor:
         """Where the elements of windows lie in memory, [Q, N, C h w]."""
@@ -174,6 +177,7 @@ class _Linf(_Windows):
     """Each channel of a window goes to one of the two ends of the ball."""
 
     ODD: ClassVar[bool] = False
+    EDGES: ClassVar[bool] = True
 
     def started(self) -> Tensor:
         """Vertical stripes."""
@@ -187,7 +191,7 @@ class _Linf(_Windows):
         for u in self.pieces(chunk, 2 + channels, channels * h * w):
             places = self.places(*self.corner(u, h, w), h, w)
             steps = self.signs(u[..., 2:, None]) * self.eps[:, None, None].to(x.dtype)
-            values = (x[places].unflatten(2, (channels, -1)) + steps).clamp_(self.lo, self.hi).view(len(u), n, -1)
+            values = (x.take(places).view(len(u), n, channels, -1) + steps).clamp_(self.lo, self.hi).view(len(u), n, -1)
             for where, value in zip(places.view(len(u), -1).unbind(), values.unbind(), strict=True):
                 before = adv.index_select(0, where).view(n, -1)
                 adv.index_copy_(0, where, value.view(-1))
@@ -219,7 +223,7 @@ class _L2(_Windows):
 
     def fitted(self, delta: Tensor) -> Tensor:
         """The first image of the search: of length eps, then clamped to the box."""
-        scale = (INSIDE * self.eps).to(delta.dtype) / delta.flatten(1).norm(dim=1)
+        scale = (INSIDE * self.eps).to(delta.dtype) / norms(delta, "l2")
         return (self.x + delta * scale.view(-1, *[1] * (delta.dim() - 1))).clamp(self.lo, self.hi)
 
     def search(self, chunk: range, share: float) -> Iterator[None]:
@@ -242,11 +246,11 @@ class _L2(_Windows):
         x, bumps = _flat(self.x), self.bumps(h, w).flatten(1)
         for u in self.pieces(chunk, 5 + channels, 2 * channels * h * w):
             corners = self.corner(u, h, w), self.corner(u[..., 2:], h, w)
-            places = torch.stack([self.places(*corner, h, w) for corner in corners], 2).unflatten(3, (channels, -1))
+            places = torch.stack([self.places(*corner, h, w) for corner in corners], 2).view(*u.shape[:2], 2, channels, -1)
             apart = _outside(*corners, h, w).to(x.dtype)
             signs = torch.where(u[..., 5:, None] < 0.5, -1.0, 1.0).to(x.dtype)
             own = bumps[(u[..., 4] < 0.5).long()][:, :, None] * signs
-            yield from zip(places.unbind(), x[places].unbind(), apart.unbind(), own.unbind(), strict=True)
+            yield from zip(places.unbind(), x.take(places).unbind(), apart.unbind(), own.unbind(), strict=True)
 
     def patch(self, delta: Tensor, apart: Tensor, bump: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
         """What fills the first window: what was there and the bump, each of length 1, at the length that both windows had and

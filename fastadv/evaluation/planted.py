@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,11 @@ PlantedAttack = Callable[[Model, Tensor, Tensor, Scalar, Tensor], Tensor]  # (mo
 
 INNER = 200  # images inside the ball, the clean one among them
 CANDIDATES = 10  # images on its surface, of which that is planted which is easiest to tell from the inner ones
+STARTS = 8  # copies of a sample that are attacked
 GAP = 0.05  # between those inside and the surface, in radii
 CLOSENESS = 0.99  # the decision boundary's, to the planted image: 0 at the inner ones, 1 at the planted one
-RIDGE = 1e-3  # of the readout, in mean variances of a feature
-INNER_STREAM, SURFACE_STREAM = 1 << 19, 1 << 18
+RIDGE = 1.0  # of the readout, in mean variances of a feature: less, and it reads what varies at the planted image alone
+PLANT = 1 << 19  # the stream of draws
 
 
 class Features(nn.Module):
@@ -67,29 +69,33 @@ def planted_adversarials(
 ) -> tuple[Tensor, Tensor]:
     """Of each sample for which an image can be planted, whether the attack, and ``draws`` random images, fool the readout.
 
-    A sample, with a readout of its own, is a batch of its own. Where the features of all images in the ball are the same, or
-    too few to tell one from the others, nothing can be planted.
+    A sample has a readout of its own, so a batch is copies of one sample, from which the attack may start differently. Where
+    the features of all images in the ball are the same, or too few to tell one from the others, nothing can be planted.
 
     Args:
         probe: whose model, norm, box and random numbers.
         x: clean images [N, ...]; eps: radius, float or [N]; samples: numbers of the samples [N].
-        attack: ``attack(model, x, y, eps, samples)`` returns images, for a model of two classes and y = 0.
+        attack: ``attack(model, x, y, eps, samples)`` returns images, for a model of two classes and y = 0; ``samples`` are
+            numbers by which the copies may draw.
 
     Returns:
         Two masks [P], P <= N.
     """
-    found, by_noise = [], []
+    nothing = torch.zeros(0, dtype=torch.bool, device=x.device)
+    found, by_noise = [nothing], [nothing]
     for n in range(len(x)):
-        part, sample = x[n : n + 1], samples[n : n + 1]
+        image, sample, y = x[n : n + 1], samples[n : n + 1], torch.zeros_like(samples[:1])
         radius = eps[n : n + 1] if isinstance(eps, Tensor) and eps.dim() else eps
-        readout = plant(probe, part, radius, sample)
+        readout = plant(probe, image, radius, sample)
         if readout is None:
             continue
-        y, asked = torch.zeros_like(sample), replace(probe, model=readout)
-        found.append(~asked.right(attack(readout, part, y, radius, sample), y))
-        by_noise.append(asked.fooled_by_noise(part, y, radius, sample, draws))
-    nothing = torch.zeros(0, dtype=torch.bool, device=x.device)
-    return torch.cat([nothing, *found]), torch.cat([nothing, *by_noise])
+        asked = replace(probe, model=readout)
+        images, labels, radii = several(image, y, radius, n=STARTS)
+        found.append((~asked.right(attack(readout, images, labels, radii, numbers(sample, STARTS)), labels)).any()[None])
+        images, labels, radii = several(image, y, radius, n=draws)
+        noise = asked.fooled_by_noise(images, labels, radii, numbers(sample, draws), 1)
+        by_noise.append(noise.any()[None])
+    return torch.cat(found), torch.cat(by_noise)
 
 
 def plant(probe: Probe, x: Tensor, eps: Scalar, sample: Tensor) -> Readout | None:
@@ -97,10 +103,12 @@ def plant(probe: Probe, x: Tensor, eps: Scalar, sample: Tensor) -> Readout | Non
     lo, hi = checks.bounds(probe.bounds)
     features = Features(probe.model)
     ask = replace(probe, model=features)
-    inner, outer = Draws(probe.seed, sample, INNER_STREAM), Draws(probe.seed, sample, SURFACE_STREAM)
-    within = [x + (1 - GAP) * inside(inner, step, x, eps, probe.norm) for step in range(INNER - 1)]
-    on = torch.cat([x + surface(outer, step, x, eps, probe.norm) for step in range(CANDIDATES)]).clamp(lo, hi)
-    ours = ask.logits(torch.cat([x, *within]).clamp(lo, hi)).double()
+    inner, outer = (Draws(probe.seed, numbers(sample, n), PLANT) for n in (INNER - 1, CANDIDATES))
+    some, radii = several(x, eps, n=INNER - 1)
+    within = some + (1 - GAP) * inside(inner, 0, some, radii, probe.norm)
+    some, radii = several(x, eps, n=CANDIDATES)
+    on = (some + surface(outer, 1, some, radii, probe.norm)).clamp(lo, hi)
+    ours = ask.logits(torch.cat([x, within.clamp(lo, hi)])).double()
     theirs = ask.logits(on).double()
 
     # Fisher's discriminant of one image against the others: (covariance + ridge)^-1 (its features - their mean), solved in
@@ -124,3 +132,13 @@ def plant(probe: Probe, x: Tensor, eps: Scalar, sample: Tensor) -> Readout | Non
     readout = Readout(features, (weights[:, best] / scale).to(dtype), (threshold / scale).to(dtype))
     says = replace(probe, model=readout).logits(torch.cat([x, on[best : best + 1]])).argmax(1).tolist()
     return readout if says == [0, 1] else None
+
+
+def several(*one: Any, n: int) -> list[Any]:
+    """n copies of the rows [1, ...]; a number is one for all."""
+    return [v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() else v for v in one]
+
+
+def numbers(sample: Tensor, n: int) -> Tensor:
+    """Numbers for n images of one sample [1], by which they draw."""
+    return sample * n + torch.arange(n, device=sample.device)

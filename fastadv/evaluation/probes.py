@@ -20,6 +20,7 @@ from ..engine import Model, attacking
 from ..reference.step import Scalar, arithmetic, per_sample
 
 NOISE, NEARBY, SHARES = 1 << 20, 2 << 20, 4 << 20  # streams of draws; those of the starts are 0, 1, ...
+PHASES = ((1.0, 0.5), (0.25, 0.75), (0.0625, 1.0))  # of PGD: the length of a step in radii, and the share of steps by then
 
 
 @dataclass(frozen=True)
@@ -102,27 +103,38 @@ class Probe:
         return torch.cat(found)
 
     def pgd(self, x: Tensor, y: Tensor, eps: Scalar, samples: Tensor, steps: int, start: int = 0) -> Path:
-        """PGD by default step size from each sample's ``start``-th random start."""
-        nothing = torch.zeros(steps + 1, 0, device=x.device)
+        """PGD from each sample's ``start``-th random start, in phases of ever shorter steps, each from the last one's best.
+
+        A path has ``steps`` iterates and the last of each phase.
+        """
+        nothing = torch.zeros(steps + len(PHASES), 0, device=x.device)
         paths = [Path(nothing, nothing.bool(), x[:0], nothing[0].bool(), nothing[0].bool())]
-        for part in self._parts(x, y, eps, samples):
-            paths.append(self._pgd(*part, steps, start))
+        for part in self._parts(x, y, eps, samples, steps, start):
+            paths.append(self._pgd(*part))
         joined = {name: torch.cat([vars(p)[name] for p in paths], 1) for name in ("losses", "fooled")}
         return Path(**joined, **{name: torch.cat([vars(p)[name] for p in paths]) for name in ("images", "success", "standing")})
 
     def _pgd(self, x: Tensor, y: Tensor, eps: Scalar, samples: Tensor, steps: int, start: int) -> Path:
         recorder = Recorder(self.model)
-        init = x + inside(Draws(self.seed, samples, start), 0, x, eps, self.norm)
-        attack = PGD(recorder, eps, steps=steps, norm=self.norm, bounds=self.bounds, init=init, keep_best=True)
-        images = attack(x, y)
+        images = x + inside(Draws(self.seed, samples, start), 0, x, eps, self.norm)
+        done = 0.0
+        for size, until in PHASES:
+            attack = PGD(
+                recorder, eps, size * eps, round(until * steps) - round(done * steps), self.norm,
+                init=images, bounds=self.bounds, keep_best=True,
+            )  # fmt: skip
+            images, done = attack(x, y), until
         losses = torch.stack([ops.log_odds(logits, y)[0] for logits in recorder.answers])
         fooled = torch.stack([logits.argmax(1) != y for logits in recorder.answers])
-        assert attack.info is not None and attack.info.success is not None
-        return Path(losses, fooled, images, attack.info.success, self.right(images, y))
+        assert attack.info is not None
+        return Path(losses, fooled, images, attack.info.success, self.right(images, y))  # type: ignore[arg-type]  # keep_best
 
     def fgsm(self, x: Tensor, y: Tensor, eps: Scalar) -> Tensor:
         """Images [N, ...] after one step."""
-        return torch.cat([x[:0], *(fgsm(self.model, *p, norm=self.norm, bounds=self.bounds) for p in self._parts(x, y, eps))])
+        images = [x[:0]]
+        for part, labels, radius in self._parts(x, y, eps):
+            images.append(fgsm(self.model, part, labels, radius, norm=self.norm, bounds=self.bounds))
+        return torch.cat(images)
 
     def fooled_by_noise(self, x: Tensor, y: Tensor, eps: Scalar, samples: Tensor, draws: int) -> Tensor:
         """[N], whether one of so many images on the surface of the ball does."""
@@ -165,6 +177,8 @@ def surface(draws: Draws, step: int, x: Tensor, eps: Scalar, norm: str) -> Tenso
 
 def inside(draws: Draws, step: int, x: Tensor, eps: Scalar, norm: str) -> Tensor:
     """Perturbations inside the ball: uniform in that of linf, else of uniform direction and length."""
-    shape = x.shape[1:] if norm == "linf" else (1,) * (x.dim() - 1)
-    share = draws.of_stream(draws.stream + SHARES).uniform(step, *shape).to(x.dtype)
-    return surface(draws, step, x, eps, norm) * share
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if norm == "linf":
+        return ((2 * draws.uniform(step, *x.shape[1:], dtype=dtype) - 1) * per_sample(eps, x, dtype)).to(x.dtype)
+    share = draws.of_stream(draws.stream + SHARES).uniform(step, *[1] * (x.dim() - 1), dtype=dtype)
+    return surface(draws, step, x, eps, norm) * share.to(x.dtype)

@@ -6,12 +6,13 @@ Tensors are exactly as large as they must be, so that ASAN's red zone begins at 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import pytest
 import torch
-from table import ROUNDING, STEP_DTYPES, logits_and_labels, name, step_inputs
+from table import ROUNDING, STEP_DTYPES, check_update, logits_and_labels, name, step_inputs
 from torch import Tensor
 
 import fastadv
@@ -124,6 +125,23 @@ def test_l2_steps_at_every_alignment(device, dtypes):
     check_alignments("l2_step", dtypes)
 
 
+# Elements that no vector divides; one item a thread in the second pass and several; one chunk of sums, two, all of them.
+@pytest.mark.parametrize("size", [1, 3, 8, 37, 64, 8192, 8193, 16_400, 2**19 + 5])
+@pytest.mark.parametrize("dtypes", [STEP_DTYPES[0], STEP_DTYPES[1], (torch.float32, torch.bfloat16)], ids=name)
+@pytest.mark.parametrize("op", ops.UPDATES)
+def test_updates_of_samples_of_every_size(op, dtypes, size):
+    check_update(op, dtypes, (2 if size > 1000 else 7, size), "per_sample")
+
+
+@pytest.mark.parametrize("dtypes", STEP_DTYPES, ids=name)
+@pytest.mark.parametrize("op", ops.UPDATES)
+def test_updates_at_every_alignment(op, dtypes):
+    for size in (1, 8, 37, 64):
+        for offsets in OFFSETS:
+            turn = itertools.cycle(offsets)
+            check_update(op, dtypes, (3, size), place=lambda t, turn=turn: at_offset(t, next(turn)))
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 8, 37, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_start_at_every_alignment(dtype, size):
@@ -141,6 +159,8 @@ def test_more_samples_than_a_grid_has_rows():
     adv, grad, x = step_inputs((samples, 2), torch.float32, torch.float32)
     eps = torch.linspace(0, 0.2, samples, dtype=torch.float64)
     assert torch.equal(ops.linf_step(adv, grad, x, 0.1, eps), reference.step.linf_step(adv, grad, x, 0.1, eps))
+    for op in ops.UPDATES:
+        check_update(op, STEP_DTYPES[0], (samples, 2), "per_sample")
     started = ops.linf_start(x, eps, 0.0, 1.0, 3)
     torch.testing.assert_close(started, reference.step.linf_start(x, eps, 0.0, 1.0, 3), rtol=1e-6, atol=1e-6)
 
