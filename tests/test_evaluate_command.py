@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import one_thread  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 from fastadv import cli, demo
 from fastadv.evaluation import command
 from fastadv.evaluation.command import load_data, load_model
-from tests.models import one_thread  # noqa: F401 - a fixture
 
 N = 12
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import batch, cnn, linear, one_thread  # noqa: F401 - a fixture
 from torch import nn
 
 from fastadv.evaluation import Alarm, Curves, Evaluation, Row, robustness_curves
 from fastadv.evaluation.outcome import ROBUSTBENCH, radius, wilson
 from fastadv.evaluation.page import by_class, page, reproduction
-from tests.models import batch, cnn, linear, one_thread  # noqa: F401 - a fixture
 
 FILES = ["evaluation-report.html", "report.json", "report.md", "robustbench.json"]
 SETTINGS = {
@@ -300,10 +300,29 @@ def test_accuracy_against_eps_is_that_of_the_closed_form():
     assert curves.accuracy == [1.0, 0.875, 0.875, 0.75, 0.625, 0.5]
     assert len(curves.accuracy_by_step) == len(curves.loss_by_step) == 51
     assert curves.accuracy_by_step[-1] == 0.625
-    assert sorted(curves.accuracy_by_step, reverse=True) == curves.accuracy_by_step  # who was fooled once stays so
     # In the end each first pixel is as far on the wrong side as it gets, 0.1 from where it was.
     worst = 10 * (0.1 - gap)
     assert curves.loss_by_step[-1] == pytest.approx(float(nn.functional.softplus(worst).mean()), rel=1e-4)
+
+
+class Misleading(nn.Module):
+    """Says 1 where the first pixel is above one half, with gradients that lead back to the right side of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = 10 * (x.flatten(1)[:, :1] - 0.5)
+        z = z.detach() - (z - z.detach())
+        return torch.cat([-z, z], 1)
+
+
+def test_who_was_fooled_once_stays_so():
+    y = torch.arange(24) % 2
+    x = torch.full((24, 1, 1, 2), 0.5)
+    x[:, 0, 0, 0] += (2 * y - 1) * 0.02
+    curves = robustness_curves(Misleading(), x, y, 0.1)
+    assert 0.3 < curves.accuracy_by_step[0] < 0.9  # a random start fools some, and all steps lead away from there
+    assert curves.accuracy_by_step == [curves.accuracy_by_step[0]] * 51
+    assert curves.loss_by_step[-1] < curves.loss_by_step[0]
+    assert sorted(curves.accuracy, reverse=True) == curves.accuracy
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -358,7 +377,7 @@ def test_curves_cost_what_they_say():
     model = Switch()
     curves = robustness_curves(model, y.float().view(6, 1, 1, 1).repeat(1, 1, 2, 2), y, 0.1)
     assert curves.accuracy == [1.0] * 9
-    assert model.seen == (1 + 8 * 42 + 102) * 6
+    assert model.seen == (1 + 8 * 44 + 104) * 6 == 457 * 6
 
 
 @pytest.mark.parametrize(

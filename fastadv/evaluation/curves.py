@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..attacks import NaNGradientWarning
 from ..engine import Model, unwrap
-from .probes import Probe
+from .probes import PHASES, Probe
 
 MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # of eps
 STEPS = 20  # of PGD at each
@@ -58,7 +58,7 @@ def robustness_curves(
 ) -> Curves:
     """Attacks some samples by PGD with growing eps and, at eps itself, looks on at each step.
 
-    Costs at most 440 F, forward passes of these samples: 42 F a radius for those that stand until there, 102 F for the steps.
+    Costs at most 457 F, forward passes of these samples: 44 F a radius for those that stand until there, 104 F for the steps.
 
     Args:
         model: maps a batch [N, ...] to logits [N, C]; attacked in eval mode and left as found.
@@ -92,8 +92,10 @@ def robustness_curves(
         chance = float(y.bincount().max()) / number
         radii, accuracies = _against_eps(probe, x, y, eps, chosen, right, chance)
         path = probe.pgd(x, y, eps, chosen, LONG)
-    standing = right & ~path.fooled.cummax(0).values
-    losses = F.softplus(path.losses.double()).mean(1)
+    repeated = {round(until * LONG) + number for number, (_, until) in enumerate(PHASES[:-1], start=1)}  # where a phase begins
+    steps = [step for step in range(len(path.losses)) if step not in repeated]
+    standing = right & ~path.fooled.cummax(0).values[steps]
+    losses = F.softplus(path.losses[steps].double()).mean(1)
     return Curves(number, chance, radii, accuracies, standing.double().mean(1).tolist(), losses.tolist())
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EXAMPLES = 8  # in the gallery
+EXAMPLES = 9  # in the gallery
 CLASSES = 20  # in the chart by class
 CLEAN, ROBUST, LOST = "#8b95a1", "#3b82f6", "#e5484d"  # legible on white and on near-black
 
