@@ -32,6 +32,7 @@ from .attacks import PGD, fgsm
 from .files import replacing
 from .methods import METHODS, Method
 from .objectives import GKL, Consistency, FreeAT, Objective, Output
+from .progress import progress_bar
 from .report import Report, chart, finished, new_figure
 from .weights import AWP
 
@@ -161,7 +162,7 @@ def train_standard(model: nn.Module, digits: Digits, epochs: int, seed: int, his
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * math.ceil(len(digits.y_train) / BATCH)
     optimizer, schedule = one_cycle_sgd(model, steps)
-    with progress_bar("standard training", steps) as bar:
+    with progress_bar("standard training", steps, "batch") as bar:
         for _ in range(epochs):
             losses = []
             for x, y in shuffled_batches(digits.x_train, digits.y_train, generator):
@@ -201,7 +202,7 @@ def train_robust(
     hidden = torch.arange(len(digits.y_train)) >= method.labelled * len(digits.y_train)
     labels = digits.y_train.masked_fill(hidden, -1)
     step = 0
-    with progress_bar("robust training", steps) as bar:
+    with progress_bar("robust training", steps, "batch") as bar:
         for _ in range(epochs):
             losses = []
             batches = shuffled_batches(digits.x_train, labels, generator, method.views)
@@ -262,13 +263,6 @@ def one_cycle_sgd(model: nn.Module, steps: int, lr: float = 0.1) -> tuple[torch.
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.2, cycle_momentum=False)
     return optimizer, schedule
-
-
-def progress_bar(title: str, steps: int) -> Any:
-    """A tqdm bar on standard error; silent where that is not a terminal (disable=None)."""
-    from tqdm import tqdm
-
-    return tqdm(total=steps, desc=title, unit="batch", disable=None, dynamic_ncols=True)
 
 
 # ------------------------------------------------------------------------------------------ fastadv against eager code

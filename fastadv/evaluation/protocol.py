@@ -26,6 +26,7 @@ from ..attacks import APGD, APGDT, FAB, FABT, PGD, Attack, EoT, Square
 from ..attacks.base import norms
 from ..engine import Model, attacking, unwrap
 from ..machine import device_name
+from ..progress import progress_bar
 from .alarms import sanity_checks, square_beats_white_box
 from .outcome import Evaluation, Row
 from .records import Record, Records, fingerprint, weights_of
@@ -226,7 +227,7 @@ class _Protocol:
         todo = (before & ~self.records.done(name, len(before))).nonzero()[:, 0]
         rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
         mine = todo[rank::world]
-        with self._bar(name, len(mine)) as bar:
+        with progress_bar(f"{name} ({self._share(self.robust):.1%} robust)", len(mine), "sample", self.progress) as bar:
             broken = 0
             for samples in torch.split(mine, self.batch_size) if len(mine) else ():
                 record = self._attacked(attack, samples)
@@ -297,13 +298,6 @@ class _Protocol:
 
     def _share(self, flags: Tensor) -> float:
         return int(flags.sum()) / len(flags)
-
-    def _bar(self, name: str, samples: int) -> Any:
-        from tqdm import tqdm
-
-        title = f"{name} ({self._share(self.robust):.1%} robust)"
-        quiet = None if self.progress else True  # None: quiet where there is no terminal
-        return tqdm(total=samples, desc=title, unit="sample", disable=quiet, dynamic_ncols=True)
 
     def evaluation(self, settings: dict[str, Any], keep_images: bool) -> Evaluation:
         x, x_adv = (self.x.cpu(), self.x_adv.cpu()) if keep_images else (None, None)
