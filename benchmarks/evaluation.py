@@ -52,8 +52,7 @@ def reference(model: nn.Module, eps: float, seed: int) -> tuple[str, dict[str, A
 
 def ours(model: nn.Module, eps: float, seed: int, engine: str) -> dict[str, Attack]:
     known = standard_attacks("standard", "linf")
-    built = {name: known[name][0](model, eps, seed=seed, engine=engine, **known[name][1]) for name in ATTACKS}
-    return {name: attack for name, attack in built.items()}
+    return {name: known[name][0](model, eps, seed=seed, engine=engine, **known[name][1]) for name in ATTACKS}
 
 
 def attacked(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, standing: Tensor, eps: float) -> tuple[Tensor, float]:
