@@ -1,8 +1,8 @@
 """``python -m benchmarks.evaluation``: AutoAttack's standard version by fastadv and by the reference, on the demo's networks.
 
-Both attack the same digits with the same network in one process. Per attack, one after the other: first the reference's, on the
-samples that stand in its own evaluation, then fastadv's on those that stand in its own; so each has the order and the survivors of
-a whole run, and the machine is the same for both. Seconds are of one run each, by the wall clock.
+Both attack the same digits with the same network in one process. Per attack, one after the other: first the reference's, on
+the samples that stand in its own evaluation, then fastadv's on those that stand in its own; so each has the order and the
+survivors of a whole run, on the same machine. Seconds are of one run each, by the wall clock.
 
 The reference is fra31/auto-attack as on PyPI (pyautoattack), else torchattacks' port of it. The networks are those that
 ``fastadv demo`` leaves in its folder.
