@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..engine import Loop, Losses, Model, Passes, round_towards
+from ..engine import Loop, Loss, Losses, Model, Passes, round_towards
 from ..reference.step import Scalar, per_sample
 from .base import Attack, Batch, as_function, norms
 from .pgd import STEPS
@@ -87,14 +87,15 @@ class FAB(Attack):
 
     def _attack(self, batch: Batch) -> Tensor:
         judge = Passes(batch.model)
-        logits = own = batch.logits(batch.x)
-        if not batch.passes.are_of(batch.model):
-            own = judge.logits(batch.inputs(batch.x))
+        logits = batch.logits(batch.x)
+        exact = batch.passes.are_of(batch.model)
+        if not exact:
+            logits = judge.logits(batch.inputs(batch.x))
             batch.forwards, batch.queries = batch.forwards + 1, batch.queries + 1
-        done = batch.fooled(own)
+        done = batch.fooled(logits)
         loop = _Approach(
             adv=batch.x, centre=batch.x, y=batch.y, other=None, eps=batch.eps, image=batch.x.clone(),
-            distance=torch.where(done, 0.0, math.inf).to(batch.x.dtype), done=done,
+            distance=torch.where(done, 0.0, math.inf).to(batch.x.dtype), done=done, known=None,
             lo=max(batch.lo, -FAR), hi=min(batch.hi, FAR), norm=self.norm, targeted=self.targeted, dtype=batch.dtype,
             alpha_max=self.alpha_max, eta=self.eta, beta=self.beta, early_stop=self.early_stop and batch.eps is not None,
         )  # fmt: skip
@@ -102,6 +103,7 @@ class FAB(Attack):
         for number, loop.other in enumerate(self._others(batch, logits)):
             for restart in range(self.restarts):
                 loop.adv = self._start(batch, loop, number * self.restarts + restart) if restart else batch.x.clone()
+                loop.known = None if exact else torch.full_like(logits, math.nan) if restart else logits.clone()
                 self._approach(batch, loop)
 
         image = torch.where(whole(loop.distance.isfinite(), batch.x), loop.image, loop.adv)
@@ -203,12 +205,12 @@ fabt = as_function(FABT)
 class _Approach(Loop):
     """One batch on its way to a boundary, and the nearest adversarial image of each sample."""
 
-    STATE: ClassVar[tuple[str, ...]] = ("adv", "centre", "y", "other", "eps", "image", "distance", "done")
+    STATE: ClassVar[tuple[str, ...]] = ("adv", "centre", "y", "other", "eps", "image", "distance", "done", "known")
     SCRATCH: ClassVar[tuple[str, ...]] = ("losses", "gradient")
     SETTINGS: ClassVar[tuple[str, ...]] = (
         "lo", "hi", "norm", "targeted", "dtype", "alpha_max", "eta", "beta", "early_stop",
     )  # fmt: skip
-    RESULTS: ClassVar[tuple[str, ...]] = ("adv", "image", "distance", "done")
+    RESULTS: ClassVar[tuple[str, ...]] = ("adv", "image", "distance", "done", "known")
 
     adv: Tensor
     centre: Tensor
@@ -218,6 +220,7 @@ class _Approach(Loop):
     image: Tensor
     distance: Tensor  # of the image, inf where there is none
     done: Tensor  # who keeps the image it has
+    known: Tensor | None  # the model's own logits, NaN where adv is not where it was asked; None: the passes' are its own
     lo: float
     hi: float
     norm: str
@@ -238,8 +241,11 @@ class _Approach(Loop):
         with torch.no_grad():
             self.move(rise, self.gradient)
             inputs = self.inputs()
-            reached = self.judge.logits(inputs).argmax(1) == self.y
+            logits = self.judge.logits(inputs)
+            reached = logits.argmax(1) == self.y
             fooled = reached if self.targeted else ~reached
+            if self.known is not None:
+                self.known.copy_(logits.masked_fill(fooled[:, None], math.nan))  # those go elsewhere
             self.keep_nearest(inputs, fooled)
             self.adv.lerp_(self.centre, whole(fooled * (1 - self.beta), self.adv).to(self.adv.dtype))
 
@@ -247,15 +253,18 @@ class _Approach(Loop):
         """The difference of logits [N] that is 0 on the boundary, and its gradient."""
         if self.other is None and not self.targeted:
             return self.nearest_boundary(inputs)
-        loss = ops.margin if self.targeted else _difference
+        loss: Loss = _rivalry if self.targeted else _difference
         with torch.enable_grad():
-            _, self.losses, gradient = self.passes.gradient(inputs, loss, self.y, self.other)
+            logits, self.losses, gradient = self.passes.gradient(inputs, loss, self.y, self.other)
+        if self.known is not None:
+            return self.scaled(*loss(self.own(logits), self.y, self.other)), gradient
         return self.scaled(*self.losses), gradient
 
     def nearest_boundary(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """That of the class whose linearised boundary is nearest. No more than two gradients are held at a time."""
         with torch.enable_grad():
             logits, pullback = self.passes.pullback(inputs)
+        logits = self.own(logits)
         rise, gradient = torch.zeros_like(logits[:, 0]), torch.zeros_like(inputs)
         nearest = torch.full_like(rise, math.inf)
         for class_after in range(1, logits.shape[1]):
@@ -266,6 +275,11 @@ class _Approach(Loop):
             nearest, rise = torch.where(nearer, distance, nearest), torch.where(nearer, height, rise)
             torch.where(whole(nearer, gradient), candidate, gradient, out=gradient)
         return rise, gradient
+
+    def own(self, logits: Tensor) -> Tensor:
+        """The model's own logits, where they are known: by those of a twin or in low precision, a point just short of the
+        model's boundary may seem to lie beyond it, and would stay there."""
+        return logits if self.known is None else torch.where(self.known.isnan(), logits, self.known.to(logits.dtype))
 
     def scaled(self, rise: Tensor, dlogits: Tensor) -> Tensor:
         """``rise`` in the scale that passes give its gradient in fp16; the largest element of these ``dlogits`` is 1."""
@@ -301,7 +315,8 @@ class _Approach(Loop):
         """Takes over what has become of these samples in a loop that was made of this one."""
         if other is not self:
             for name in self.RESULTS:
-                getattr(self, name)[rows] = getattr(other, name).detach()
+                if (found := getattr(other, name)) is not None:
+                    getattr(self, name)[rows] = found.detach()
 
 
 def _difference(logits: Tensor, y: Tensor, other: Tensor, out: Losses | None = None) -> Losses:
@@ -309,6 +324,11 @@ def _difference(logits: Tensor, y: Tensor, other: Tensor, out: Losses | None = N
     other, y = other[:, None], y[:, None]
     rise = logits.gather(1, other) - logits.gather(1, y)
     return rise[:, 0], torch.zeros_like(logits).scatter(1, other, 1.0).scatter(1, y, -1.0)
+
+
+def _rivalry(logits: Tensor, y: Tensor, other: Tensor | None, out: Losses | None = None) -> Losses:
+    """``max_{k != y} z_k - z_y`` and its gradient."""
+    return ops.margin(logits, y, out=out)
 
 
 def _within(distance: Tensor, eps: Scalar) -> Tensor:
