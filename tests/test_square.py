@@ -252,15 +252,17 @@ def test_every_engine_runs_it(how, monkeypatch):
 
 
 def test_low_precision_passes_have_no_last_word():
-    """Who fools the model in bf16 alone goes on."""
+    """Who fools the model in bf16 alone goes on, if only in the next chunk of queries."""
     x, _ = batch(32)
     net = linear()
+    with torch.no_grad():
+        net[1].bias += 20  # where bf16 rounds to eighths
     y = net(x).argmax(1)
     attack = fastadv.Square(net, 0.02, queries=200, precision="bf16")
     adv = attack(x, y)
     fooled = net(adv).argmax(1) != y
     assert torch.equal(fooled, attack.info.success)
-    assert (attack.info.queries[~fooled] >= 203).all()
+    assert (attack.info.queries[~fooled] > 20).all()
     assert 0 < int(fooled.sum()) < 32
 
 

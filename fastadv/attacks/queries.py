@@ -116,7 +116,10 @@ class Walk(Query):
         return self.losses[0], self.losses[0] > 0
 
     def confirm(self, stood: Tensor, passes: Passes) -> int:
-        """Asks the model itself about those who fooled the loop's passes since ``stood``; returns the forwards it took."""
+        """Asks the model itself about those who fooled the loop's passes since ``stood``; returns the forwards it took.
+
+        Whom it says not to be fooled goes on with the next chunk, without the queries that were left of this one.
+        """
         fell = (stood & ~self.standing).nonzero()[:, 0]
         if not len(fell):
             return 0
