@@ -320,7 +320,7 @@ def test_thresholds(check, most):
 def test_incomplete_optimisation():
     """The best loss so far matters, and a rise of more than 5% of the whole one in the last ten iterates."""
     done = torch.cat([torch.linspace(0, 1, 30), torch.full((10,), 0.99)])
-    falling = torch.cat([torch.linspace(0, 1, 30), torch.linspace(1, 0, 10)])
+    falling = torch.cat([torch.linspace(0, 1, 30), torch.linspace(0, 0.9, 10)])
     rising = torch.linspace(0, 1, 40)
     flat = torch.zeros(40)
     rings = [alarms.incomplete_optimisation(1e4 * path[:, None] - 7).rings for path in (done, falling, rising, flat)]
@@ -354,7 +354,7 @@ def test_optimisation_of_weights_is_noticed():
 
 
 def test_compiled_model_does_not_optimise():
-    """Though it is differentiated while it is compiled."""
+    """Though one whose weights were not frozen would be differentiated while it is compiled."""
     x, _ = some_digits(4)
     compiled = torch.compile(linear(10, 64), backend="aot_eager")
     assert not alarms.optimises_at_inference(compiled, x).rings
@@ -421,3 +421,14 @@ def test_nothing_is_planted_where_nothing_changes():
     found, _ = planted.planted_adversarials(Probe(constant), x, EPS, torch.arange(2), lambda *a: x, 10)
     assert len(found) == 0
     assert not alarms.planted_adversarial_missed(found, found).rings
+
+
+def test_nothing_is_planted_that_cannot_be_told_from_the_rest():
+    """On the surface this model says what it also says inside."""
+    x, _ = some_digits(1)
+
+    def model(z):
+        distance = (z - x).flatten(1).abs().amax(1)
+        return torch.stack([(60 * distance).sin(), 0 * distance], 1)
+
+    assert planted.plant(Probe(model), x, EPS, torch.tensor([0])) is None

@@ -151,8 +151,8 @@ def square_beats_white_box(standing_before: Tensor, standing_after: Tensor) -> A
 def optimises_at_inference(model: Model, x: Tensor) -> Alarm:
     """Whether the model differentiates when it is asked: test-time adaptation, purification by gradients.
 
-    Notices torch.autograd in the calling thread, by whatever name it is called, while the model answers x. The first answer is
-    not looked at: a torch.compile'd model differentiates while it is compiled.
+    Notices torch.autograd in the calling thread, by whatever name it is called, while the model answers x, with its
+    weights frozen: else torch.compile would differentiate the model that it compiles.
     """
     model, asking = unwrap(model), threading.get_ident()
     noticed: list[None] = []
@@ -166,9 +166,7 @@ def optimises_at_inference(model: Model, x: Tensor) -> Alarm:
         run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]  # where all ways to differentiate meet
         torch.autograd._engine_run_backward = spy  # type: ignore[attr-defined]
         try:
-            for _ in range(2):
-                noticed.clear()
-                model(x)
+            model(x)
         except RuntimeError:  # a model that adapts its weights cannot, for they are frozen here
             if not noticed:
                 raise

@@ -27,7 +27,7 @@ INNER = 200  # images inside the ball, the clean one among them
 CANDIDATES = 10  # images on its surface, of which that is planted which is easiest to tell from the inner ones
 STARTS = 8  # copies of a sample that are attacked
 GAP = 0.05  # between those inside and the surface, in radii
-CLOSENESS = 0.99  # the decision boundary's, to the planted image: 0 at the inner ones, 1 at the planted one
+CLOSENESS = 0.9  # the decision boundary's, to the planted image: 0 at the inner ones, 1 at the planted one
 RIDGE = 1.0  # of the readout, in mean variances of a feature: less, and it reads what varies at the planted image alone
 PLANT = 1 << 19  # the stream of draws
 
