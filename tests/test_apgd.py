@@ -55,7 +55,8 @@ def by_the_paper(net, x, y, start, eps, steps, norm):
     best = (loss, now, g)
     halved, best_then, rises = True, loss, 0
     for k in range(steps):
-        moved = project(now + 0.75 * (step(now, g, alpha) - now) + 0.25 * (now - before))
+        share = 0.75 if k else 1.0
+        moved = project(now + share * (step(now, g, alpha) - now) + (1 - share) * (now - before))
         before, now, was = now, moved, loss
         loss, g, fools = look(now)
         fooled |= fools

@@ -28,7 +28,7 @@ from .losses import LABEL_LOSSES, AttackLoss, Towards
 from .pgd import STEPS
 from .search import Search, better, drive, whole
 
-MOMENTUM = 0.75  # the share of the step; the rest is of the one before
+MOMENTUM = 0.75  # the share of the step; the rest is of the one before. The first is a step alone
 RHO = 0.75  # of the steps since the last checkpoint must raise the loss
 FIRST_CHECK, CLOSER, LEAST = (
     0.22,
@@ -131,7 +131,7 @@ class APGD(Attack):
         forwards = loop.begin(batch.model, share=None if self.multi_eps else L1_SHARE)
         more, _ = drive(self._engine, loop, batch.model, steps - 1, early_stop, early_stop, _checkpoints(self.norm, steps))
         batch.forwards += forwards + more
-        batch.queries += 1 + loop.queries
+        batch.queries += 1 + loop.asked
         return loop
 
 
@@ -238,12 +238,13 @@ class _Ascent(Search):
         gradient: at the images.
         better, taken: whether the images are these, and the best ones (:class:`Search`), of which the next move takes note.
         rises: of the score, since the last checkpoint. ``halved``: whether alpha was, there.
+        momentum: the share [N] of the next step, the rest is of the one before.
         share: of a sample's elements that an l1 step moves; ``changed``: how many were, at the last checkpoint.
     """
 
     STATE: ClassVar[tuple[str, ...]] = (
         "adv", "centre", "y", "reference", "label", "eps", "image", "score", "fooled", "old", "alpha", "gradient", "highest",
-        "highest_gradient", "highest_score", "better", "taken", "last", "rises", "checked", "halved", "share", "changed",
+        "highest_gradient", "highest_score", "better", "taken", "last", "rises", "checked", "halved", "share", "changed", "momentum",
     )  # fmt: skip
     SCRATCH: ClassVar[tuple[str, ...]] = ("losses",)
     SETTINGS: ClassVar[tuple[str, ...]] = ("lo", "hi", "dtype", "norm", "loss", "early_stop")
@@ -266,6 +267,7 @@ class _Ascent(Search):
             self.changed.fill_(elements)
         size = (1.0 if self.norm == "l1" else 2.0) * self._radius().expand(len(self.adv))
         self.alpha = -size if self.loss.targeted else size
+        self.momentum = torch.ones_like(size)
         self._ask()
         self.rises.zero_()
         self.halved, self.checked = torch.ones_like(self.fooled), self.last.clone()
@@ -307,16 +309,19 @@ class _Ascent(Search):
         if self.norm == "linf":
             ops.apgd_step_(
                 self.adv, self.old, self.highest, self.highest_gradient, self.image, self.gradient, self.centre,
-                self.alpha, MOMENTUM, self.eps, self.lo, self.hi, self.better, self.taken,
+                self.alpha, self.momentum, self.eps, self.lo, self.hi, self.better, self.taken,
             )  # fmt: skip
+            self.momentum.fill_(MOMENTUM)
             return
         self._note()
         ball = self.centre, self.alpha, self.eps, self.lo, self.hi
         if self.norm == "l1":
             self._sparse_step()
         else:
-            moved = ops.l2_step(self.adv, self.gradient, *ball).sub_(self.adv).mul_(MOMENTUM)
-            moved.add_(self.adv).add_(self.adv - self.old, alpha=1 - MOMENTUM)
+            share = whole(self.momentum.to(self.adv.dtype), self.adv)
+            moved = ops.l2_step(self.adv, self.gradient, *ball).sub_(self.adv).mul_(share)
+            moved.add_(self.adv).add_((self.adv - self.old).mul_(1 - share))
+            self.momentum.fill_(MOMENTUM)
             self.old.copy_(self.adv)
             self.adv.copy_(ops.l2_step_(moved, moved, self.centre, 0.0, *ball[2:]))
 

@@ -83,7 +83,7 @@ class MinimumNorm(Attack):
             adv = confirmed(batch, adv)
         if batch.eps is None:
             return adv
-        inside = norms(adv - batch.x, self.norm) <= torch.as_tensor(batch.eps, device=adv.device)
+        inside = norms(adv - batch.x, self.norm) <= torch.as_tensor(batch.eps, dtype=torch.float64, device=adv.device)
         nearer = batch.x + project(adv - batch.x, batch.eps, self.norm, batch.lo - batch.x, batch.hi - batch.x)
         return torch.where(spread(inside, adv), adv, nearer.clamp(batch.lo, batch.hi))
 
@@ -136,4 +136,8 @@ def span(batch: Batch) -> float:
 def farthest(batch: Batch) -> Tensor:
     """How far the image of each sample may go, [N]: to the farthest corner of the box, or the end of the ball."""
     corner = norms(torch.maximum(batch.x - batch.lo, batch.hi - batch.x), batch.norm)
-    return corner if batch.eps is None else corner.minimum(torch.as_tensor(batch.eps, device=corner.device).to(corner.dtype))
+    return (
+        corner
+        if batch.eps is None
+        else corner.minimum(torch.as_tensor(batch.eps, dtype=torch.float64, device=corner.device).to(corner.dtype))
+    )

@@ -34,7 +34,7 @@ def project(d: Tensor, radius: Scalar, norm: str, low: Tensor, high: Tensor) -> 
     The nearest such d for linf and l1, and for l0, where ``radius`` elements are kept at most; for l2 the ball's nearest,
     then the box's, which lies in both.
     """
-    each = torch.as_tensor(radius, device=d.device).to(d.dtype).view(-1, 1)
+    each = torch.as_tensor(radius, dtype=torch.float64, device=d.device).to(d.dtype).view(-1, 1)
     if norm == "l1":
         return project_l1_box(rows(d), each, rows(low), rows(high)).view_as(d)
     radius, clipped = spread(each, d), d.clamp(low, high)

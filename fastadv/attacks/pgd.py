@@ -124,8 +124,24 @@ class PGD:
         self._check_sizes()
 
     def __repr__(self) -> str:
-        shown = ("eps", "alpha", "steps", "norm", "loss", "bn", "restarts", "targeted", "bounds")
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)}, {self.engine!r})"
+        names = (
+            "eps",
+            "alpha",
+            "steps",
+            "norm",
+            "loss",
+            "init",
+            "bn",
+            "restarts",
+            "targeted",
+            "bounds",
+            "keep_best",
+            "early_stop",
+        )
+        shown = {name: getattr(self, name) for name in (*names, "early_stop")}
+        if not isinstance(self.loss, str):
+            shown["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())}, {self.engine!r})"
 
     def __call__(self, x: Tensor, y: Tensor | None = None, logits_ref: Tensor | None = None) -> Tensor:
         """Attacks the batch.

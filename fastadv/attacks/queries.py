@@ -78,6 +78,8 @@ class Walk(Query):
     targeted: bool
     draws: Draws
     losses: Losses | None = None
+    asked: Tensor | None = None  # [N], whose trials are worth a forward pass; None: all
+    selective: bool = False  # whether to ask for those alone, in batches of any size
 
     @classmethod
     def over(cls: type[W], batch: Batch, **state: Any) -> W:
@@ -93,13 +95,21 @@ class Walk(Query):
         walk.passes = batch.passes
         return walk
 
+    def step(self) -> None:
+        if self.asked is None or self.logits is None or not self.selective:
+            return super().step()
+        rows = self.asked.nonzero()[:, 0]
+        if len(rows):  # the others' last answers were no better than their best, and still are not
+            with torch.no_grad():
+                self.logits.index_copy_(0, rows, self.passes.logits(self.inputs()[rows]))
+
     def drawing(self) -> Draws:
         """What the samples that are left draw."""
         return Draws(self.draws.seed, self.samples, self.draws.stream)
 
     def judged(self) -> Tensor:
         """Takes note of the last answer; returns for whom the present image is the best so far, [N]."""
-        self.queries += self.standing
+        self.queries += self.standing if self.asked is None or not self.selective else self.asked
         score, fooled = self.scored(self.logits, self.y)
         better = (fooled | (score > self.score)) & self.standing
         self.score.copy_(torch.where(better, score, self.score))
@@ -163,6 +173,8 @@ def walk(engine: Engine, batch: Batch, whole: W, chunks: Iterable[range], trials
             kept = (~part.standing).byte().argsort(stable=True)[:size]
             part, rows = part.rows(kept), kept if rows is None else rows[kept]
         part.passes = batch.passes
+        # On a GPU, to wait for the number of those who are asked would cost more than to ask the others too.
+        part.selective, part.asked = engine.engine == "eager" and part.adv.device.type == "cpu", None
         run = engine.run(part, batch.model, part=chunk.stop <= CHUNK)  # while many leave, sizes do not last
         part, stood = run.loop, None if run.exact else run.loop.standing.clone()
         for _ in trials(part, chunk):

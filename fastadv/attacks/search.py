@@ -38,7 +38,7 @@ class Search(Loop):
     dtype: torch.dtype  # of the images that the model is given
     norm: str
     loss: AttackLoss | Towards
-    queries: Tensor = field(init=False)  # forward passes of each sample, [N]
+    asked: Tensor = field(init=False)  # forward passes of each sample, [N], in the last drive
     image: Tensor = None  # type: ignore[assignment]
     score: Tensor = None  # type: ignore[assignment]
     fooled: Tensor = None  # type: ignore[assignment]
@@ -130,13 +130,13 @@ def drive(
         How many forward passes it took, and whether with the model's own bits.
     """
     run, rows, forwards, exact = engine.run(loop, model), None, 0, True
-    asked = 0  # of the samples in the run, since they were last counted
-    loop.queries = torch.zeros(len(loop.adv), dtype=torch.int64, device=loop.adv.device)
+    passed = 0  # forward passes of the samples in the run, since they were last counted
+    loop.asked = torch.zeros(len(loop.adv), dtype=torch.int64, device=loop.adv.device)
 
     def count() -> None:
-        nonlocal asked
-        loop.queries[slice(None) if rows is None else rows] += asked
-        asked = 0
+        nonlocal passed
+        loop.asked[slice(None) if rows is None else rows] += passed
+        passed = 0
 
     for step in range(steps):
         if early_stop:
@@ -151,13 +151,13 @@ def drive(
                 part, rows = run.loop.rows(kept), kept if rows is None else rows[kept]
                 part.passes = loop.passes
                 run = engine.run(part, model, part=True)
-        forwards, asked = forwards + _look(run, run.step, model, early_stop), asked + 1
+        forwards, passed = forwards + _look(run, run.step, model, early_stop), passed + 1
         exact = exact and run.exact
         if after is not None:
             after(run.loop, step)
     else:
         if loop.image is not None:
-            forwards, asked = forwards + _look(run, run.loop.evaluate, model, early_stop), asked + 1
+            forwards, passed = forwards + _look(run, run.loop.evaluate, model, early_stop), passed + 1
     loop.update(run.loop, rows)
     count()
     return forwards, exact

@@ -43,8 +43,9 @@ class Square(Attack):
         model: any callable that maps a batch [N, ...] to logits [N, C]; needs no gradient. Left exactly as found.
         eps: radius in units of x, float or per-sample [N].
         queries: proposals for each sample, >= 1, besides the clean image and the start.
-        p_init: share of the image that the first windows cover, in (0, 1]. It halves at 9 of the queries, in the paper's
-            proportions.
+        p_init: share of the image that the first windows cover, in (0, 1]. It halves after 10, 50, 200, 500, 1000, 2000, 4000,
+            6000 and 8000 queries.
+        rescale: that schedule is stretched from 10,000 to ``queries``, as in the paper. AutoAttack leaves it as it is.
         norm, targeted, bounds, seed, engine, precision, twin, memory: as in :class:`fastadv.attacks.Attack`. The loss is the
             margin, and the cross-entropy of the target where targeted.
 
@@ -60,6 +61,7 @@ class Square(Attack):
         eps: Scalar,
         queries: int = 5000,
         p_init: float = 0.8,
+        rescale: bool = True,
         norm: str = "linf",
         targeted: bool = False,
         bounds: tuple[float, float] | None = (0.0, 1.0),
@@ -73,7 +75,7 @@ class Square(Attack):
         self.queries = checks.integer("queries", queries)
         if checks.number("p_init", p_init, positive=True) > 1:
             raise ValueError(f"p_init must be in (0, 1]; got {p_init!r}")
-        self.p_init = p_init
+        self.p_init, self.rescale = p_init, bool(rescale)
 
     def _check_sizes(self) -> tuple[float, float]:
         checks.non_negative("eps", self.eps)
@@ -101,7 +103,7 @@ class Square(Attack):
 
     def _share(self, query: int) -> float:
         """Of the image, that the windows of this query cover."""
-        return self.p_init * 0.5 ** bisect_left(HALVINGS, query * 10000 // self.queries)
+        return self.p_init * 0.5 ** bisect_left(HALVINGS, query * 10000 // self.queries if self.rescale else query)
 
 
 class _Windows(Walk):
@@ -195,6 +197,8 @@ class _Linf(_Windows):
             for where, value in zip(places.view(len(u), -1).unbind(), values.unbind(), strict=True):
                 before = adv.index_select(0, where).view(n, -1)
                 adv.index_copy_(0, where, value.view(-1))
+                if self.selective:  # once windows are small, many are tried in the colour that they have
+                    self.asked = (value != before).any(1) & self.standing
                 yield
                 better = self.judged()
                 adv.index_copy_(0, where, torch.where(better[:, None], value, before).view(-1))

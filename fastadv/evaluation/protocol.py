@@ -13,8 +13,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,9 +28,9 @@ from ..attacks.base import norms
 from ..engine import Model, attacking, unwrap
 from ..machine import device_name
 from ..progress import progress_bar
-from .alarms import sanity_checks, square_beats_white_box
+from .alarms import probabilities, sanity_checks, square_beats_white_box
 from .outcome import Evaluation, Row
-from .records import Record, Records, fingerprint, weights_of
+from .records import Record, Records, fingerprint, fingerprint_of
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -38,9 +39,13 @@ VERSIONS = {
     "quick": ("apgd-ce", "apgd-t"),
 }
 RUNS = 20  # of a randomised model, over which version "rand" takes the mean
-WHITE_BOX = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")
+RANDOMISED, PROBABILITIES = "randomised model", "probabilities instead of logits"  # alarms about the model's answers
 ALARM_SAMPLES = 256  # evenly spaced
+PATIENCE = timedelta(days=14)  # with the other processes
 SLACK, ROUNDING = 1e-5, 2.0**-23  # of eps, and of each element: what rounding may add to a length
+
+
+T = TypeVar("T")
 
 
 def standard_attacks(version: str, norm: str) -> dict[str, tuple[Callable[..., Attack], dict[str, Any]]]:
@@ -53,7 +58,7 @@ def standard_attacks(version: str, norm: str) -> dict[str, tuple[Callable[..., A
         "apgd-t": (APGDT, {"targets": 3 if quick else 5 if l1 and not plus else 9, "steps": steps, "early_stop": True}),
         "fab": (FAB, {"restarts": restarts, "early_stop": True}),
         "fab-t": (FABT, {"targets": 9, "early_stop": True}),
-        "square": (Square, {"queries": 5000}),
+        "square": (Square, {"queries": 5000, "rescale": False}),
     }
 
 
@@ -85,27 +90,33 @@ def evaluate(
         norm: "linf", "l2" or "l1".
         version: "standard": APGD-CE, APGD-T, FAB-T and Square as AutoAttack publishes them; "plus", "rand" (for randomised
             models: attacks and verdicts on the mean prediction of 20 runs); "quick": fewer steps of the first two, an upper
-            bound; or a list of their names and of attack objects.
+            bound; or a list of their names and of attack objects. (A PGD object draws by batch, from a generator of its own.)
         batch_size: samples attacked at once. Results do not depend on it.
         seed: of all attacks.
-        resume: a folder. What has been found is kept there after each batch, and the same call goes on from there.
+        resume: a folder. What has been found is kept there after each batch, and the same call goes on from there: that of the
+            same settings, data and weights (or, of a model that is no nn.Module, of the same answers to four images).
         alarms: look for signs of a flawed evaluation too, on up to 256 samples.
         surrogate: another model, to transfer images from (for an alarm).
         keep_images: return all adversarial images.
         device: where to attack; default: that of the model.
         progress: a bar with robust accuracy and time left, on a terminal.
-        engine, precision, twin: how attacks run the model, as in :class:`fastadv.PGD`. Verdicts are always the model's own.
+        engine, precision, twin: how attacks run the model, as in :class:`fastadv.PGD`. Verdicts are always the model's own,
+            without autocast; on a GPU, in TF32 where torch's settings allow it.
 
     Under torchrun, with torch.distributed initialised, the processes share the samples, and all return the same.
 
     Raises:
         ValueError: an argument, the data or the model's output is not as described, or ``resume`` holds something else.
     """
-    checks.number("eps", eps)
+    eps = checks.number("eps", eps)
     checks.integer("batch_size", batch_size)
+    checks.integer("seed", seed, 0)
+    if surrogate is not None and not callable(surrogate):
+        raise ValueError(f"surrogate must be callable on a batch; got {type(surrogate).__name__}")
     lo, hi = checks.bounds(bounds)
     x, y = gathered(data)
     checks.images(x, lo, hi)
+    x = x.clamp(lo, hi)  # of what rounding put outside, so that verdicts on images made of it can be strict
     checks.labels(y, x)
     if y.is_floating_point():
         raise ValueError(f"y must be integer labels [{len(x)}]; got soft labels {list(y.shape)}")
@@ -117,31 +128,52 @@ def evaluate(
     if version == "rand":
         judge = EoT(judge, RUNS)
     attacks = _attacks(judge, version, eps, norm, bounds, seed, engine=engine, precision=precision, twin=twin)
+    few = x[:4].to(device) if version != "rand" else None  # whose answers would not be the same again
+    told = {name: [repr(a), *([] if a.model is judge else [fingerprint_of(a.model, few)])] for name, a in attacks.items()}
     header = {
-        "fastadv": __version__, "eps": eps, "norm": norm, "attacks": {name: repr(a) for name, a in attacks.items()},
-        "bounds": None if bounds is None else list(bounds), "seed": seed, "data": fingerprint(x, y), "model": weights_of(judge),
+        "fastadv": __version__, "version": version if isinstance(version, str) else "custom", "attacks": told, "eps": eps,
+        "norm": norm, "bounds": None if bounds is None else [lo, hi], "seed": seed, "data": fingerprint(x, y),
+        "model": fingerprint_of(unwrap(model), few),
     }  # fmt: skip
     name = version if isinstance(version, str) else "custom"
     settings = {"eps": eps, "norm": norm, "version": name, "bounds": header["bounds"], "seed": seed, "samples": len(x)}
-    settings |= {"attacks": header["attacks"], "engine": engine, "precision": precision, "fastadv": __version__}
+    settings |= {
+        "attacks": {name: repr(attack) for name, attack in attacks.items()},
+        "engine": engine,
+        "precision": precision,
+        "fastadv": __version__,
+    }
     settings["device"] = device_name(device)
 
-    protocol = _Protocol(judge, x, y, eps, norm, lo, hi, batch_size, device, Records(resume, header), progress)
-    if _distributed():
-        dist.barrier()  # all have read what is on record before one adds to it
+    protocol = _Protocol(
+        judge, x, y, eps, norm, lo, hi, batch_size, device, Records(resume, header, keep_images), progress, _Processes()
+    )
     with _exactly():
         protocol.run("clean", None)
         for attack_name, attack in attacks.items():
             protocol.run(attack_name, attack)
-        found = protocol.evaluation(settings, keep_images)
+        found = protocol.evaluation(settings)
         if alarms:
-            few = torch.arange(n := min(len(x), ALARM_SAMPLES)) * len(x) // n
-            images, labels = x[few].to(device), y[few].to(device)
-            found.alarms = sanity_checks(judge, images, labels, eps, norm, bounds, seed, surrogate, batch_size=batch_size)
-            if "square" in attacks and any(a in attacks for a in WHITE_BOX):
-                before, after = protocol.around("square")
-                found.alarms.append(square_beats_white_box(before, after))
+            chosen = torch.arange(n := min(len(x), ALARM_SAMPLES)) * len(x) // n
+            images, labels, standing = (t[chosen].to(device) for t in (x, y, protocol.robust))
+            found.alarms = sanity_checks(
+                judge, images, labels, eps, norm, bounds, seed, surrogate, batch_size=batch_size, standing=standing
+            )
+            if version == "rand":  # whose mean prediction is still random, and no set of logits
+                found.alarms = [a for a in found.alarms if a.name not in (RANDOMISED, PROBABILITIES)]
+                with attacking(unwrap(model)), torch.no_grad():
+                    found.alarms.append(probabilities(unwrap(model)(images[:batch_size])))
+            if (square := _square_after_all(attacks)) is not None:
+                found.alarms.append(square_beats_white_box(*protocol.around[square]))
     return found
+
+
+def _square_after_all(attacks: Mapping[str, Attack | PGD]) -> str | None:
+    """The name of a Square attack that met who had survived every attack with gradients, if there is one."""
+    white_box = [name for name, attack in attacks.items() if isinstance(attack, PGD) or attack.GRADIENTS]
+    square = [name for name, attack in attacks.items() if isinstance(attack, Square)]
+    order = list(attacks)
+    return square[-1] if white_box and square and order.index(square[-1]) > order.index(white_box[-1]) else None
 
 
 def gathered(data: Any) -> tuple[Tensor, Tensor]:
@@ -162,7 +194,7 @@ def gathered(data: Any) -> tuple[Tensor, Tensor]:
 
 def numbers_of(x: Tensor) -> Tensor:
     """A number [N] for each image, by its content: what it draws then depends on nothing but itself and the seed."""
-    digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in x.detach().cpu().double()]
+    digests = [hashlib.blake2b(image.double().numpy().tobytes(), digest_size=8).digest() for image in x.detach().cpu()]
     return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests], dtype=torch.int64)
 
 
@@ -184,11 +216,13 @@ def _attacks(
             checks.one_of("version", one, known)
             build, settings = known[one]
             attack, name = (
-                build(model, eps, norm=norm, bounds=bounds, seed=(seed + number) % 2**63, **settings, **execution),
+                build(model, eps, norm=norm, bounds=bounds, seed=seed + number, **settings, **execution),
                 one,
             )
         elif isinstance(one, (Attack, PGD)):
             attack, name = one, type(one).__name__.lower()
+            if name == "clean":
+                raise ValueError("version may hold no attack of a class named Clean, under which clean images are on record")
         else:
             raise ValueError(f"version must list names of attacks or fastadv.Attack objects; got {type(one).__name__}")
         while name in attacks:
@@ -210,6 +244,7 @@ class _Protocol:
     device: torch.device
     records: Records
     progress: bool
+    processes: _Processes
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -217,16 +252,16 @@ class _Protocol:
         self.robust = torch.ones(samples, dtype=torch.bool)
         self.broken_by, self.predicted = [""] * samples, torch.full((samples,), -1)
         self.distance = torch.full((samples,), math.inf)
-        self.x_adv = self.x.clone()
+        self.x_adv = self.x.clone() if self.records.images else None
         self.numbers = numbers_of(self.x)
-        self.accuracy: dict[str, tuple[Tensor, Tensor]] = {}  # robust samples before and after each attack
+        self.around: dict[str, tuple[Tensor, Tensor]] = {}  # who stood before and after each attack, [N]
 
     def run(self, name: str, attack: Attack | PGD | None) -> None:
         """One attack on all that stand, but for those that are on record; None: the clean images themselves."""
         before = self.robust.clone()
-        todo = (before & ~self.records.done(name, len(before))).nonzero()[:, 0]
-        rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
-        mine = todo[rank::world]
+        # Who has been tried on any process: a folder may be of one machine, or slow to show what another has written.
+        done = torch.stack(self.processes.gathered(self.records.done(name, len(before)))).any(0)
+        mine = (before & ~done).nonzero()[self.processes.rank :: self.processes.number, 0]
         with progress_bar(f"{name} ({self._share(self.robust):.1%} robust)", len(mine), "sample", self.progress) as bar:
             broken = 0
             for samples in torch.split(mine, self.batch_size) if len(mine) else ():
@@ -251,7 +286,8 @@ class _Protocol:
         with attacking(self.model), torch.no_grad():
             logits = self.model(adv)
         checks.logits(logits, x, y)
-        predicted, distance = logits.argmax(1), norms(adv.double() - x.double(), self.norm)
+        predicted = logits.argmax(1).masked_fill(logits.isnan().any(1), -1)  # NaN is no class
+        distance = norms(adv.double() - x.double(), self.norm)
         fooled = predicted != y
         if attack is not None:
             rounding = norms(ROUNDING * adv.double(), self.norm)
@@ -264,51 +300,64 @@ class _Protocol:
         )  # fmt: skip
 
     def _take_over(self, name: str, before: Tensor) -> None:
-        """Brings what is on record about an attack into the picture, from all processes."""
-        records = [*self.records.of(name)]
-        if _distributed():
-            everyone: list[list[Record]] = [[]] * dist.get_world_size()
-            dist.all_gather_object(everyone, records)
-            # What was on record before this run, every process has read.
-            records = list({int(r.samples[0]): r for some in everyone for r in some}.values())
+        """Brings what is on record about an attack into the picture, from all processes, each sample once."""
+        seen = torch.zeros_like(before)
         tried = broken = rejected = 0
         queries = seconds = 0.0
-        for record in records:
-            tried, broken = tried + len(record.samples), broken + int(record.fooled.sum())
-            rejected += int((record.claimed & ~record.fooled).sum())
-            queries, seconds = queries + float(record.queries.sum()), seconds + record.seconds
-            chosen = record.samples[record.fooled]
-            self.robust[chosen] = False
-            self.predicted[record.samples] = record.predicted if name == "clean" else self.predicted[record.samples]
-            self.predicted[chosen] = record.predicted[record.fooled]
-            for sample in chosen.tolist():
-                self.broken_by[sample] = name
+        for record in (record for some in self.processes.gathered([*self.records.of(name)]) for record in some):
+            new = before[record.samples] & ~seen[record.samples]
+            if not new.any():
+                continue
+            seen[record.samples] = True
+            chosen, fooled = record.samples[new], new & record.fooled
+            tried, broken = tried + len(chosen), broken + int(fooled.sum())
+            rejected += int((new & record.claimed & ~record.fooled).sum())
+            queries, seconds = queries + float(record.queries[new].sum()), seconds + record.seconds
             if name == "clean":
-                self.distance[chosen] = 0.0
-            else:
-                self.distance[chosen] = record.distance[record.fooled].float()
-                self.x_adv[chosen] = record.images.to(self.x_adv)
-        self.accuracy[name] = before, self.robust.clone()
+                self.predicted[chosen] = record.predicted[new]
+            beaten = record.samples[fooled]
+            self.robust[beaten] = False
+            self.predicted[beaten] = record.predicted[fooled]
+            self.distance[beaten] = 0.0 if name == "clean" else record.distance[fooled].float()
+            if self.x_adv is not None and name != "clean":
+                self.x_adv[beaten] = record.images[new[record.fooled]].to(self.x_adv)
+            for sample in beaten.tolist():
+                self.broken_by[sample] = name
+        if not torch.equal(seen, before):
+            raise RuntimeError(f"{int((seen ^ before).sum())} of {int(before.sum())} samples were not attacked by {name}")
+        self.around[name] = before, self.robust.clone()
         if name != "clean":
             self.rows.append(Row(name, tried, broken, rejected, self._share(self.robust), queries / max(tried, 1), seconds))
-
-    def around(self, name: str) -> tuple[Tensor, Tensor]:
-        """Which samples stood before and after an attack, bool [N]."""
-        return self.accuracy[name]
 
     def _share(self, flags: Tensor) -> float:
         return int(flags.sum()) / len(flags)
 
-    def evaluation(self, settings: dict[str, Any], keep_images: bool) -> Evaluation:
-        x, x_adv = (self.x.cpu(), self.x_adv.cpu()) if keep_images else (None, None)
+    def evaluation(self, settings: dict[str, Any]) -> Evaluation:
+        x, x_adv = (None, None) if self.x_adv is None else (self.x.cpu(), self.x_adv.cpu())
         return Evaluation(
-            self._share(self.accuracy["clean"][1]), self._share(self.robust), self.rows, self.broken_by, self.y.cpu(),
+            self._share(self.around["clean"][1]), self._share(self.robust), self.rows, self.broken_by, self.y.cpu(),
             self.predicted, self.distance, settings, x=x, x_adv=x_adv,
         )  # fmt: skip
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+class _Processes:
+    """Those that evaluate together: one, or the ranks of torch.distributed.
+
+    They meet in a group of their own, of CPU tensors and with no time limit worth mentioning: one may be an attack ahead.
+    """
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.rank, self.number = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if together else None
+
+    def gathered(self, mine: T) -> list[T]:
+        """Of each process what it gave; all wait for all."""
+        if self._group is None:
+            return [mine]
+        everyone: list[T] = [mine] * self.number
+        dist.all_gather_object(everyone, mine, group=self._group)
+        return everyone
 
 
 def _device_of(model: Model, x: Tensor) -> torch.device:

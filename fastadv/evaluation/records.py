@@ -45,14 +45,16 @@ class Record:
 class Records:
     """The records of an evaluation, by attack: in memory, and in a folder where one is given.
 
-    A record is one file, written whole. A folder that holds an evaluation with other settings, data or weights is refused.
+    A record is one file, written whole; in memory it has no ``images`` unless they are asked for. A folder that holds an
+    evaluation with other settings, data or weights is refused.
 
     Raises:
         ValueError: the folder belongs to another evaluation; it says which settings differ.
     """
 
-    def __init__(self, folder: str | Path | None, header: dict[str, Any]) -> None:
+    def __init__(self, folder: str | Path | None, header: dict[str, Any], images: bool = False) -> None:
         self.folder = None if folder is None else Path(folder)
+        self.images = images
         self._found: dict[str, list[Record]] = {}
         if self.folder is None:
             return
@@ -70,15 +72,20 @@ class Records:
                 record = Record(**torch.load(file, weights_only=True))
             except Exception as error:
                 raise ValueError(f"{file} is no record of an evaluation, remove it and go on: {error}") from error
-            self._found.setdefault(file.stem.rsplit("-", 1)[0], []).append(record)
+            self._remember(file.stem.rsplit("-", 1)[0], record)
 
     def add(self, attack: str, record: Record) -> None:
-        self._found.setdefault(attack, []).append(record)
         if self.folder is not None:
             # A part of a tensor would take all of it along.
             held = {name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(record).items()}
             with replacing(self.folder / f"{attack}-{int(record.samples[0]):08d}.pt") as temporary:
                 torch.save(held, temporary)
+        self._remember(attack, record)
+
+    def _remember(self, attack: str, record: Record) -> None:
+        if not self.images:
+            record.images = record.images[:0].clone()
+        self._found.setdefault(attack, []).append(record)
 
     def of(self, attack: str) -> Iterator[Record]:
         return iter(self._found.get(attack, ()))
@@ -100,8 +107,16 @@ def fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def weights_of(model: Any) -> str:
-    """A hash of a module's parameters and buffers; of another callable, its name."""
-    if not isinstance(model, nn.Module):
-        return getattr(model, "__qualname__", type(model).__qualname__)
-    return fingerprint(*model.state_dict().values())
+def fingerprint_of(model: Any, x: Tensor | None = None) -> str:
+    """A hash of what a module is and holds; of another callable, of its name and its answers to the first of ``x``."""
+    if isinstance(model, nn.Module):
+        state = model.state_dict()
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in state.items() if name not in tensors}
+        told = f"{model}{list(tensors)}{others}"
+    else:
+        told, tensors = getattr(model, "__qualname__", type(model).__qualname__), {}
+        if x is not None:
+            with torch.no_grad():
+                tensors = {"answers": model(x[:4])}
+    return hashlib.sha256(f"{told}{fingerprint(*tensors.values())}".encode()).hexdigest()[:16]
