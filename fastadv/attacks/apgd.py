@@ -244,7 +244,8 @@ class _Ascent(Search):
 
     STATE: ClassVar[tuple[str, ...]] = (
         "adv", "centre", "y", "reference", "label", "eps", "image", "score", "fooled", "old", "alpha", "gradient", "highest",
-        "highest_gradient", "highest_score", "better", "taken", "last", "rises", "checked", "halved", "share", "changed", "momentum",
+        "highest_gradient", "highest_score", "better", "taken", "last", "rises", "checked", "halved", "share", "changed",
+        "momentum",
     )  # fmt: skip
     SCRATCH: ClassVar[tuple[str, ...]] = ("losses",)
     SETTINGS: ClassVar[tuple[str, ...]] = ("lo", "hi", "dtype", "norm", "loss", "early_stop")

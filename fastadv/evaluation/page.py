@@ -105,7 +105,7 @@ def _attacks(report: Report, found: Evaluation, figures: bool) -> None:
              _interval(found, row.robust_accuracy), f"{row.queries:,.0f}", _time(row.seconds))
             for row in found.rows
         ],
-        "Rejected: images that an attack took for adversarial and that are not: the model, asked once more in full precision, "
+        "Rejected: images that an attack took for adversarial and that are not: the model, asked once more without autocast, "
         "is right about them, or they lie outside the ball or the box. Passes: forward passes, on average.",
     )  # fmt: skip
 

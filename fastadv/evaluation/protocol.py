@@ -2,7 +2,7 @@
 
 Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks", 2020
 (AutoAttack). Nothing counts as adversarial on the word of the attack that made it: each image is judged by the model itself,
-in full precision, and must lie in ball and box.
+without autocast, and must lie in ball and box.
 """
 
 from __future__ import annotations
@@ -366,7 +366,7 @@ def _device_of(model: Model, x: Tensor) -> torch.device:
 
 @contextlib.contextmanager
 def _exactly() -> Any:
-    """No autocast around: verdicts are in full precision."""
+    """No autocast around: attacks are as they are set, and verdicts in the model's own precision."""
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
