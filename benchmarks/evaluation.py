@@ -41,7 +41,7 @@ def reference(model: nn.Module, eps: float, seed: int) -> tuple[str, dict[str, A
     with _importing():
         from pyautoattack import AutoAttack
 
-    whole = AutoAttack(model, norm="Linf", eps=eps, version="standard", device="cpu", verbose=False, seed=seed)
+    whole = AutoAttack(model, norm="Linf", eps=eps, version="standard", device="cpu", seed=seed)
     whole.apgd.loss, whole.fab.targeted = "ce", True
     parts = {"apgd-ce": whole.apgd, "apgd-t": whole.apgd_targeted, "fab-t": whole.fab, "square": whole.square}
     for part in parts.values():
