@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import batch, cnn, count_calls, digits, linear, one_thread, state, surroundings, trained_lenet  # noqa: F401
+from torch import nn
 
 import fastadv
 from fastadv import evaluate
-from fastadv.attacks import APGD, PGD, Attack, Square
+from fastadv.attacks import APGD, PGD, Attack, RandomNoise, Square
 
 EPS = 0.12
 
@@ -119,6 +122,31 @@ def test_nothing_counts_on_the_word_of_an_attack(function, norm):
     found = evaluate(net, (x, y), 0.3, norm, version=[liar], alarms=False)
     assert found.robust_accuracy == found.clean_accuracy
     assert found.rows[0].rejected == found.rows[0].tried > 0
+
+
+def test_an_answer_of_nan_is_wrong():
+    """Its argmax would be class 0."""
+    x, y = held_out(12)
+    net = trained_lenet()
+
+    def model(images):
+        logits = net(images)
+        return torch.where(images.flatten(1).amax(1, keepdim=True) > 0.99, torch.nan, logits)
+
+    bright = x.flatten(1).amax(1) > 0.99
+    found = evaluate(model, (x, torch.where(bright, 0, y)), EPS, version=[RandomNoise(model, 0.0, draws=1)], alarms=False)
+    assert bright.any()
+    assert [name == "clean" for name in found.broken_by] == (bright | (net(x).argmax(1) != y)).tolist()
+
+
+def test_pixels_that_rounding_put_outside_count():
+    x, y = held_out(12)
+    x = (x + 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).clamp(-0.5, 0.5)).clamp(-5e-7, 1 + 5e-7)
+    net = trained_lenet()
+    found = evaluate(net, (x, y), 2.0, "l2", version=[Square(net, 2.0, queries=50, norm="l2")], alarms=False)
+    assert (x < 0).any()
+    assert found.rows[0].rejected == 0
+    assert found.rows[0].broken > 0
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -233,9 +261,10 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from test_evaluate import EPS, held_out, quick, told
-from models import trained_lenet
+from models import lenet
 from fastadv import evaluate
-net = trained_lenet()
+net = lenet().eval()
+net.load_state_dict(torch.load({weights!r}))
 found = evaluate(net, held_out(), EPS, version=quick(net), alarms=False, batch_size=2, resume={folder!r})
 print(told(found))
 """
@@ -244,9 +273,8 @@ print(told(found))
 def test_killed_it_loses_a_batch_at_most(tmp_path):
     """SIGKILL, at whatever it is doing once a few records are there; twice."""
     folder = tmp_path / "records"
-    from pathlib import Path
-
-    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder))
+    torch.save(trained_lenet().state_dict(), weights := tmp_path / "lenet.pt")  # to train it takes longer than to attack it
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), weights=str(weights))
     for least in (3, 27):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
         while len(list(folder.glob("*.pt"))) < least and process.poll() is None:
@@ -283,6 +311,38 @@ def test_another_evaluation_is_not_mixed_in(tmp_path, what):
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_functions_and_versions_are_told_apart(tmp_path):
+    """By name alone a callable is the same before and after its training, and "rand" runs the attacks of a list."""
+    x, y = held_out(8)
+    net, shift = trained_lenet(), [0.0]
+
+    def model(images):
+        return net(images + shift[0])
+
+    evaluate(model, (x, y), EPS, version=["apgd-ce"], alarms=False, resume=tmp_path / "a")
+    evaluate(model, (x, y), EPS, version=["apgd-ce"], alarms=False, resume=tmp_path / "a")
+    shift[0] = 0.1
+    with pytest.raises(ValueError, match="model: "):
+        evaluate(model, (x, y), EPS, version=["apgd-ce"], alarms=False, resume=tmp_path / "a")
+    evaluate(net, (x, y), EPS, version="rand", alarms=False, resume=tmp_path / "b")
+    with pytest.raises(ValueError, match="version: "):
+        evaluate(net, (x, y), EPS, version=["apgd-ce", "apgd-dlr"], alarms=False, resume=tmp_path / "b")
+    steps = PGD(net, EPS, steps=2), PGD(net, EPS, steps=2, keep_best=True)
+    evaluate(net, (x, y), EPS, version=steps[:1], alarms=False, resume=tmp_path / "c")
+    with pytest.raises(ValueError, match="attacks: .*keep_best=True"):
+        evaluate(net, (x, y), EPS, version=steps[1:], alarms=False, resume=tmp_path / "c")
+
+
+def test_images_are_on_disk_and_in_memory_only_if_asked_for(tmp_path):
+    x, y = held_out(8)
+    net = trained_lenet()
+    without = evaluate(net, (x, y), EPS, version=quick(net), alarms=False, resume=tmp_path)
+    with_images = evaluate(net, (x, y), EPS, version=quick(net), alarms=False, resume=tmp_path, keep_images=True)
+    assert without.x_adv is None
+    assert told(with_images) == told(without)
+    assert torch.equal(net(with_images.x_adv).argmax(1) != y, torch.tensor([bool(name) for name in with_images.broken_by]))
+
+
 def test_a_damaged_record_is_named(tmp_path):
     x, y = held_out(8)
     net = trained_lenet()
@@ -301,16 +361,15 @@ def test_the_header_says_what_is_evaluated(tmp_path):
     evaluate(net, (x, y), EPS, version=quick(net), alarms=False, resume=tmp_path)
     header = json.loads((tmp_path / "evaluation.json").read_text())
     assert header["eps"] == EPS
-    assert "APGD(eps=0.12, steps=4" in header["attacks"]["apgd"]
+    assert "APGD(eps=0.12, steps=4" in header["attacks"]["apgd"][0]
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-def of_two(rank: int, port: int, folder: str, results) -> None:
+def of_two(rank: int, port: int, net: nn.Module, folder: str, results) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    net = trained_lenet()
     calls = count_calls(net)
     found = evaluate(
         net, held_out(), EPS, version=quick(net), alarms=False, batch_size=6, resume=folder or None, progress=False
@@ -326,14 +385,12 @@ def test_two_processes_find_what_one_finds(tmp_path, kept):
     calls = count_calls(net)
     alone = told(evaluate(net, (x, y), EPS, version=quick(net), alarms=False))
     net._forward_hooks.clear()
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        mp.spawn(of_two, (port, str(tmp_path / "records") if kept else "", results), nprocs=2)
+        mp.spawn(of_two, (port, net, str(tmp_path / "records") if kept else "", results), nprocs=2)
         (first, asked), (second, asked_too) = results[0], results[1]
     assert first == second == nearly(alone)
     assert max(asked, asked_too) < 0.75 * sum(map(len, calls))  # each did a part
@@ -409,6 +466,49 @@ def test_pgd_among_the_attacks():
     assert found.rows[1].tried == found.rows[0].tried - found.rows[0].broken
 
 
+# -------------------------------------------------------------------------------------------------------------- alarms
+
+
+def alarms_of(found) -> dict:
+    return {alarm.name: alarm for alarm in found.alarms}
+
+
+def test_square_is_compared_with_all_gradients_before_it():
+    x, y = held_out(16)
+    net = trained_lenet()
+    after, before = quick(net), quick(net)[::-1]
+    name = "Square beats white-box"
+    compared = alarms_of(evaluate(net, (x, y), EPS, version=after))[name]
+    assert not compared.rings
+    assert name not in alarms_of(evaluate(net, (x, y), EPS, version=before))
+    masked = Rounded(net)
+    assert alarms_of(evaluate(masked, (x, y), EPS, version=quick(masked)))[name].rings
+
+
+def test_a_randomised_model_is_trusted_under_rand():
+    x, y = held_out(8)
+    net = trained_lenet()
+
+    def randomised(images):
+        return net(images) + 0.1 * torch.randn(len(images), 10)
+
+    torch.manual_seed(0)
+    names = {"randomised model"}
+    assert names <= {alarm.name for alarm in evaluate(randomised, (x, y), EPS, version=["apgd-ce"]).alarms if alarm.rings}
+    found = evaluate(randomised, (x, y), EPS, version="rand")
+    assert not names & set(alarms_of(found))
+    assert not alarms_of(found)["probabilities instead of logits"].rings
+
+
+class Rounded(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net((8 * x).round() / 8)
+
+
 # ----------------------------------------------------------------------------------------------------------- contracts
 
 
@@ -431,6 +531,8 @@ def test_the_model_and_the_surroundings_are_left_as_found():
         ({"version": ["apgd"]}, "version must be one of 'apgd-ce'"),
         ({"version": []}, "version must be a name or a list of at least one attack"),
         ({"version": [print]}, "version must list names of attacks or fastadv.Attack objects"),
+        ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"surrogate": "net"}, "surrogate must be callable"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1"),
         ({"bounds": (0, 0.5)}, "x must lie in bounds"),
         ({"data": torch.rand(3, 4)}, "data must be a pair"),
