@@ -126,9 +126,9 @@ def test_takes_the_steps_of_the_reference(norm):
     assert torch.equal(attack.info.success, distance.isfinite())
 
 
-def test_untargeted_takes_the_nearest_of_all_linearised_boundaries():
-    """One step in l2: it lands beyond the plane that DeepFool would choose."""
-    x, _ = batch(dtype=torch.float64)
+@pytest.mark.parametrize("norm", NORMS)
+def test_untargeted_takes_the_nearest_of_all_linearised_boundaries(norm):
+    x, _ = batch(30, dtype=torch.float64)
     net = cnn().double().eval()
     y = net(x).argmax(1)
     point = x.clone().requires_grad_()
@@ -136,12 +136,22 @@ def test_untargeted_takes_the_nearest_of_all_linearised_boundaries():
     for k in range(10):
         df = logits[:, k] - logits.gather(1, y[:, None])[:, 0]
         (w,) = torch.autograd.grad(df.sum(), point, retain_graph=True)
-        size = w.flatten(1).norm(dim=1)
-        moves.append(torch.where((y == k).view(-1, 1, 1, 1), math.inf, (-df / size**2).view(-1, 1, 1, 1) * w).detach())
-    length = torch.stack([m.flatten(1).norm(dim=1) for m in moves])
-    move = torch.stack(moves)[length.argmin(0), torch.arange(len(x))]
-    adv = FAB(net, 1e6, steps=1, norm="l2", bounds=None, beta=1)(x, y)
-    torch.testing.assert_close(adv, x + 1.05 * move, rtol=0, atol=1e-9)
+        move = getattr(reference, f"{norm}_hyperplane")(x, w, -df.detach())
+        moves.append(torch.where((y == k).view(-1, 1, 1, 1), math.inf, move))
+    chosen = torch.stack([norms(move, norm) for move in moves]).argmin(0)
+    adv = FAB(net, 1e6, steps=1, norm=norm, bounds=None, beta=1)(x, y)
+    torch.testing.assert_close(adv, x + 1.05 * torch.stack(moves)[chosen, torch.arange(30)], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("norm", "chosen"), [("linf", 2), ("l2", 1), ("l1", 1)])
+def test_how_near_a_boundary_is_depends_on_the_norm(norm, chosen):
+    """One weight of 2, or four of 0.9: 1/2 and 1/3.6 away in linf, 1/2 and 1/1.8 in l2, 1/2 and 1/0.9 in l1."""
+    net = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0] * 4, [2.0, 0, 0, 0], [0.9] * 4]))
+        net.bias.copy_(torch.tensor([1.0, 0, 0]))
+    x = torch.zeros(1, 4, dtype=torch.float64)
+    assert net(FAB(net, None, steps=1, norm=norm, bounds=None)(x)).argmax() == chosen
 
 
 # ------------------------------------------------------------------------------------------------------- ball and box
