@@ -140,11 +140,12 @@ def test_a_sample_stops_when_it_is_fooled():
     adv = attack(x, y)
     assert torch.equal(adv[:3], x[:3])
     assert attack.info.queries[:3].tolist() == [2, 2, 2]  # the clean image, and the last look
-    assert len(calls) == attack.info.forwards
+    assert len(calls) <= attack.info.forwards
     assert sum(map(len, calls)) < 16 * 103
     standing = ~attack.info.success
     assert standing.any()
-    assert (attack.info.queries[standing] == 103).all()
+    assert (attack.info.queries[standing] <= 103).all()  # trials that change nothing ask nothing
+    assert (attack.info.queries[standing] > 60).all()
     fooled = attack.info.success[3:]
     assert (attack.info.queries[3:][fooled] < 103).all()
 
