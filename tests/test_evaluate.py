@@ -329,7 +329,7 @@ def test_functions_and_versions_are_told_apart(tmp_path):
         evaluate(net, (x, y), EPS, version=["apgd-ce", "apgd-dlr"], alarms=False, resume=tmp_path / "b")
     steps = PGD(net, EPS, steps=2), PGD(net, EPS, steps=2, keep_best=True)
     evaluate(net, (x, y), EPS, version=steps[:1], alarms=False, resume=tmp_path / "c")
-    with pytest.raises(ValueError, match="attacks: .*keep_best=True"):
+    with pytest.raises(ValueError, match=r"attacks: .*keep_best=True"):
         evaluate(net, (x, y), EPS, version=steps[1:], alarms=False, resume=tmp_path / "c")
 
 
