@@ -30,7 +30,13 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist would begin with the files of many tests, and end with one process on a few that take minutes each."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "test_cuda_host" not in item.nodeid)  # the longest file first
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
