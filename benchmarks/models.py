@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastadv.models import PreActBlock, preact_resnet18, wide_resnet
+
+__all__ = ["PreActBlock", "ViT", "demo_cnn", "linear", "preact_resnet18", "resnet50", "vit_small", "wide_resnet"]
+
 
 def demo_cnn() -> nn.Module:
     """The network of ``fastadv demo``: two strided convolutions and two linear layers, for 1x28x28."""
@@ -19,46 +23,6 @@ def demo_cnn() -> nn.Module:
 def linear() -> nn.Module:
     """One layer on ImageNet-sized images: an attack on it is nearly all attack and no model."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 10))
-
-
-class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice, plus the input; the shortcut of a block that changes shape starts after the first BN-ReLU."""
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(width)
-        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        changes_shape = stride != 1 or channels != width
-        self.shortcut = nn.Conv2d(channels, width, 1, stride, bias=False) if changes_shape else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = F.relu(self.bn1(x))
-        skip = x if self.shortcut is None else self.shortcut(a)
-        return self.conv2(F.relu(self.bn2(self.conv1(a)))) + skip
-
-
-def preact_resnet18(classes: int = 10) -> nn.Module:
-    """PreActResNet-18 for 3x32x32, as adversarial training uses it (He et al., 2016; Rice et al., 2020)."""
-    return _preact(64, ((64, 1), (128, 2), (256, 2), (512, 2)), 2, nn.AvgPool2d(4), classes)
-
-
-def wide_resnet(depth: int = 34, widen: int = 10, classes: int = 10) -> nn.Module:
-    """WRN-28-10 or WRN-34-10 for 3x32x32, which papers on adversarial training report (Zagoruyko and Komodakis, 2016)."""
-    groups = ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2))
-    return _preact(16, groups, (depth - 4) // 6, nn.AvgPool2d(8), classes)
-
-
-def _preact(stem: int, groups: tuple[tuple[int, int], ...], depth: int, pool: nn.Module, classes: int) -> nn.Module:
-    """Groups of ``depth`` blocks, each group with its width and the stride of its first block."""
-    blocks: list[nn.Module] = []
-    channels = stem
-    for width, stride in groups:
-        blocks += [PreActBlock(channels, width, stride), *(PreActBlock(width, width, 1) for _ in range(depth - 1))]
-        channels = width
-    first = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-    head = [nn.BatchNorm2d(channels), nn.ReLU(), pool, nn.Flatten(), nn.Linear(channels, classes)]
-    return nn.Sequential(first, *blocks, *head)
 
 
 class Bottleneck(nn.Module):

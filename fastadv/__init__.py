@@ -7,7 +7,7 @@ Attacks are in ``fastadv.attacks``, how they add up to a robust accuracy in ``fa
 each op must compute in ``fastadv.reference``.
 """
 
-from . import attacks, evaluation, functional, objectives, ops, reference
+from . import attacks, evaluation, functional, models, objectives, ops, reference
 from ._version import __version__
 from .attacks import *  # noqa: F403 - the attacks
 from .evaluation import Evaluation, evaluate
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate",
     "evaluation",
     "functional",
+    "models",
     "objectives",
     "ops",
     "profile",

@@ -81,7 +81,7 @@ def small_cnn(seed: int = 0, head: Callable[[], nn.Module] | None = None) -> nn.
     as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs
         model = nn.Sequential(
             nn.Conv2d(1, 16, kernel_size=2, stride=2), nn.ReLU(),
             nn.Conv2d(16, 32, kernel_size=4, stride=2, padding=1), nn.ReLU(),

@@ -16,7 +16,7 @@ import torch
 from models import one_thread  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
-from fastadv import cli, demo
+from fastadv import cli, demo, models
 from fastadv.evaluation import command
 from fastadv.evaluation.command import load_data, load_model
 
@@ -45,6 +45,10 @@ def empty() -> nn.Module:
     model = network()
     nn.init.zeros_(model[1].weight)
     return model
+
+
+def sized(width: int) -> nn.Module:
+    return nn.Linear(5, width)
 
 
 def samples() -> tuple[Tensor, Tensor]:
@@ -306,6 +310,19 @@ def test_a_checkpoint_runs_no_code_of_others(tmp_path):
         load_model(str(tmp_path / "net.pt"))
     load_model(str(tmp_path / "net.pt"), f"{__name__}:empty")
 
+    touch = {"command": f"touch {tmp_path / 'ran'}"}
+    for named, arguments in [
+        ("fastadv.evaluation.command:os.system", touch),
+        ("fastadv.models:build", {"name": "os:system", **touch}),
+        ("fastadv.models:build", {"name": "timm:resnet18", "checkpoint_path": "evil.pt"}),
+    ]:
+        torch.save({"model": named, "arguments": arguments, "state_dict": weights()}, tmp_path / "net.pt")
+        code = arguments.get("name", named)
+        with pytest.raises(ValueError, match=f"asks for '{code}', which is code; if you trust it, give --model {code}"):
+            load_model(str(tmp_path / "net.pt"))
+        load_model(str(tmp_path / "net.pt"), FACTORY)
+    assert not (tmp_path / "ran").exists()
+
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
@@ -314,6 +331,19 @@ def test_a_checkpoint_runs_no_code_of_others(tmp_path):
     with pytest.raises(ValueError, match="is not a file of tensors"):
         load_model(str(tmp_path / "evil.pt"), FACTORY)
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_the_user_names_too_gets_the_checkpoints_arguments(tmp_path):
+    arguments = {"name": f"{__name__}:sized", "width": 3, "mean": 0.5, "std": 2.0}
+    model = models.build(**arguments)
+    held = {"model": "fastadv.models:build", "arguments": arguments, "state_dict": model.state_dict(), "seed": 4}
+    torch.save(held, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"asks for '\w+:sized', which is code"):
+        load_model(str(tmp_path / "net.pt"))
+    loaded, seed = load_model(str(tmp_path / "net.pt"), f"{__name__}:sized")
+    x = samples()[0].flatten(1)[:, [0] * 5]
+    assert torch.equal(loaded(x), model(x))
+    assert seed == 4
 
 
 def test_checkpoints_that_are_none(tmp_path):

@@ -23,7 +23,8 @@ from .protocol import evaluate
 
 PREFIXES = ("module.", "model.", "_orig_mod.")  # of DataParallel, of models inside models, of torch.compile
 STATES = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
-OURS = "fastadv."  # a checkpoint may name a model of ours; other code runs only if the user names it
+# What a checkpoint may call: other code runs only if the user names it. No prefix would do: most modules lead to os.system.
+OURS = ("fastadv.demo:build_network", "fastadv.models:build")
 ROBUSTBENCH = "robustbench:"
 NAMES = (("x", "y"), ("x_test", "y_test"))  # of images and labels in a file
 
@@ -173,7 +174,8 @@ def load_model(checkpoint: str, factory: str | None = None) -> tuple[nn.Module, 
             prefixes "module.", "model." and "_orig_mod."; nothing in it is executed. Or robustbench:NAME/DATASET/THREAT,
             which the package robustbench loads.
         factory: "module:function", which builds the network. Without it the checkpoint must name one of fastadv's:
-            ``{"model": "fastadv.demo:build_network", "arguments": {...}, "state_dict": ...}``.
+            ``{"model": "fastadv.models:build", "arguments": {"name": ...}, "state_dict": ...}``. A name there of other code
+            ("mine:network", "timm:NAME") has to be given here as well, and is then called with the checkpoint's arguments.
     """
     if checkpoint.startswith(ROBUSTBENCH):
         if factory is not None:
@@ -184,13 +186,7 @@ def load_model(checkpoint: str, factory: str | None = None) -> tuple[nn.Module, 
     held = _load(Path(checkpoint))
     if not isinstance(held, Mapping):
         raise ValueError(f"{checkpoint} must hold a state_dict; it holds {type(held).__name__}")
-    named, arguments = held.get("model"), {}
-    if factory is None:
-        if not isinstance(named, str):
-            raise ValueError(f"{checkpoint} does not say what network its weights are of: give --model module:function")
-        if not named.startswith(OURS):
-            raise ValueError(f"{checkpoint} asks for {named!r}, which is code; if you trust it, give --model {named}")
-        factory, arguments = named, held.get("arguments", {})
+    factory, arguments = _builder(checkpoint, held, factory)
     network = _built(factory, arguments)
     state = next((held[key] for key in STATES if isinstance(held.get(key), Mapping)), held)
     try:
@@ -199,6 +195,24 @@ def load_model(checkpoint: str, factory: str | None = None) -> tuple[nn.Module, 
         raise ValueError(f"{checkpoint} does not fit {factory}: {error}") from None
     seed = held.get("seed")
     return network, seed if isinstance(seed, int) else None
+
+
+def _builder(checkpoint: str, held: Mapping[str, Any], factory: str | None) -> tuple[str, Mapping[str, Any]]:
+    """What builds the network, and its arguments: the checkpoint's word, if it runs no code that the user has not named."""
+    named, arguments = held.get("model"), held.get("arguments", {})
+    if not isinstance(named, str):
+        if factory is None:
+            raise ValueError(f"{checkpoint} does not say what network its weights are of: give --model module:function")
+        return factory, {}
+    code: str | None = named
+    if named in OURS:
+        name = arguments.get("name") if isinstance(arguments, Mapping) else None
+        code = name if isinstance(name, str) and ":" in name else None  # which fastadv.models would import
+    if factory is None:
+        if code is not None:
+            raise ValueError(f"{checkpoint} asks for {code!r}, which is code; if you trust it, give --model {code}")
+        return named, arguments
+    return (named, arguments) if named in OURS and factory == code else (factory, {})
 
 
 def _load(path: Path) -> Any:
