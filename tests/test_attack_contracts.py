@@ -13,7 +13,8 @@ from torch import nn
 
 import fastadv
 from fastadv import attacks
-from fastadv.attacks.base import Attack, norms
+from fastadv.attacks.base import Attack
+from fastadv.attacks.norms import norms
 
 MASK = torch.ones(1, 8, 8)
 

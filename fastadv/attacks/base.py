@@ -15,6 +15,7 @@ from .. import checks
 from ..engine import Engine, Loss, Losses, Model, Passes, Stats, attacking, round_towards, unwrap
 from ..reference.step import Scalar, per_sample
 from .draws import Draws
+from .norms import norms
 
 
 @dataclass(frozen=True)
@@ -242,15 +243,6 @@ class Batch:
         """Whether these predictions are what the attack wants, [N]."""
         reached = logits.argmax(1) == self.y
         return reached if self.targeted else ~reached
-
-
-def norms(d: Tensor, norm: str) -> Tensor:
-    """Lengths [N] of perturbations [N, ...]; "l0" counts elements."""
-    rows = d.flatten(1)
-    if norm == "l0":
-        return (rows != 0).sum(1).to(d.dtype)
-    # Torch's vector_norm adds up squares fast, and absolute values and maxima several times slower than these.
-    return rows.norm(dim=1) if norm == "l2" else rows.abs().sum(1) if norm == "l1" else rows.abs().amax(1)
 
 
 P = ParamSpec("P")

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar
-from .base import Batch, as_function, norms
+from ..reference.step import Scalar, spread
+from .base import Batch, as_function
 from .nearest import MinimumNorm, Nearest, begun, clean_logits, driven, span
-from .norms import DUAL, spread, unit
+from .norms import DUAL, norms, unit
 
 BEYOND = 1e-4  # added to each step as in the original, in units of hi - lo: images on the boundary itself move too
 

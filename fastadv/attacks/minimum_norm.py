@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar
-from .base import Batch, as_function, norms
+from ..reference.step import Scalar, spread
+from .base import Batch, as_function
 from .nearest import MinimumNorm, Nearest, begun, driven, farthest, span
-from .norms import DUAL, project, spread, unit
+from .norms import DUAL, norms, project, unit
 
 
 class DDN(MinimumNorm):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..engine import Losses, Passes
-from .base import Attack, Batch, norms
+from ..reference.step import spread
+from .base import Attack, Batch
 from .losses import AttackLoss
-from .norms import project, spread
+from .norms import norms, project
 from .search import Search, drive
 
 LONGER = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3, 2.0)  # times the length at which other passes than the model's own were fooled

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar, per_sample
-from .base import Attack, Batch, as_function, norms
+from ..reference.step import Scalar, per_sample, spread
+from .base import Attack, Batch, as_function
+from .norms import norms
 from .queries import Walk, growing, walk
 
 
@@ -66,7 +67,7 @@ class _Noise(Walk):
         for draw in chunk:
             self.adv.copy_((self.x + self.noise(draw)).clamp_(self.lo, self.hi))
             yield
-            better = self.judged().view(-1, *[1] * (best.dim() - 1))
+            better = spread(self.judged(), best)
             torch.where(better, self.adv, best, out=best)
         self.adv.copy_(best)
 
@@ -83,7 +84,7 @@ class _Noise(Walk):
             u = draws.uniform(draw, *shape, dtype=x.dtype).mul_(2).sub_(1)
             noise = u.sign() * torch.log1p(-u.abs())
         deep = draws.of_stream(draws.stream + 1).uniform(draw, 1, dtype=x.dtype)[:, 0] ** (1 / noise[0].numel())
-        return noise * (eps * (deep / norms(noise, self.norm).clamp(min=1e-30)).view(-1, *[1] * len(shape)))
+        return noise * (eps * spread(deep / norms(noise, self.norm).clamp(min=1e-30), noise))
 
 
 randomnoise = as_function(RandomNoise)

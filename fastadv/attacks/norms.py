@@ -1,4 +1,4 @@
-"""Directions and balls in the norms that attacks know, for batches of perturbations [N, ...]."""
+"""Lengths, directions and balls in the norms that attacks know, for batches of perturbations [N, ...]."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference.step import Scalar, project_l1_box, rows
+from ..reference.step import Scalar, project_l1_box, rows, spread
 
 ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 DUAL = {"l1": "linf", "l2": "l2", "linf": "l1"}
 
 
-def spread(values: Tensor, like: Tensor) -> Tensor:
-    """Values of samples [N], shaped to broadcast over ``like`` [N, ...]."""
-    return values.view(-1, *[1] * (like.dim() - 1))
+def norms(d: Tensor, norm: str) -> Tensor:
+    """Lengths [N] of perturbations [N, ...]; "l0" counts elements."""
+    d = rows(d)
+    if norm == "l0":
+        return (d != 0).sum(1).to(d.dtype)
+    # Torch's vector_norm adds up squares fast, and absolute values and maxima several times slower than these.
+    return d.norm(dim=1) if norm == "l2" else d.abs().sum(1) if norm == "l1" else d.abs().amax(1)
 
 
 def unit(d: Tensor, norm: str = "l2") -> Tensor:

@@ -104,11 +104,6 @@ def better(score: Tensor, fooled: Tensor, than_score: Tensor, than_fooled: Tenso
     return (fooled & ~than_fooled) | ((fooled == than_fooled) & ~(score < than_score))
 
 
-def whole(flags: Tensor, images: Tensor) -> Tensor:
-    """One flag [N] a sample, shaped to broadcast over its image."""
-    return flags.view(-1, *[1] * (images.dim() - 1))
-
-
 @torch.enable_grad()
 def drive(
     engine: Engine,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar
+from ..reference.step import Scalar, spread
 from .base import Attack, Batch, as_function
 from .nearest import Nearest, begun, driven
-from .norms import largest, spread, unit
+from .norms import largest, unit
 
 
 class PGD0(Attack):

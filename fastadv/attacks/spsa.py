@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..engine import Model
-from ..reference.step import Scalar
+from ..reference.step import Scalar, spread
 from .base import Attack, Batch, as_function
 from .queries import TOGETHER, Walk, ask, walk
 
@@ -129,7 +129,7 @@ class _Ascent(Walk):
         return self.best
 
     def keep(self) -> None:
-        better = self.judged().view(-1, *[1] * (self.adv.dim() - 1))
+        better = spread(self.judged(), self.adv)
         self.best.copy_(torch.where(better, self.adv, self.best))
 
     def move(self, gradient: Tensor, lr: float, step: int) -> None:

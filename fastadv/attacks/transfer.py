@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..engine import Model
+from ..reference.step import spread
 from .base import Attack, Batch
 from .pgd import PGD
 
@@ -61,7 +62,7 @@ class Transfer(Attack):
             margin = ops.margin(batch.logits(adv), batch.y)[0]
             astray = -margin if self.targeted else margin
             better = astray > score
-            best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), adv, best)
+            best = torch.where(spread(better, x), adv, best)
             score = torch.where(better, astray, score)
         return best
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..reference.step import spread
 from .guest import Model, input_gradient
 from .signs import signs_only
 
@@ -134,9 +135,7 @@ class Passes:
 
     def to_scale(self, gradient: Tensor, dlogits: Tensor) -> Tensor:
         """What :meth:`gradient` gave for ``dlogits``, with that scale taken out, for who needs its length."""
-        if self.dtype != torch.float16:
-            return gradient
-        return gradient / self._scale(dlogits).view(-1, *[1] * (gradient.dim() - 1))
+        return gradient if self.dtype != torch.float16 else gradient / spread(self._scale(dlogits), gradient)
 
     def _scale(self, dlogits: Tensor) -> Tensor:
         largest = dlogits.abs().amax() if self.coupled else dlogits.abs().amax(1, keepdim=True)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .. import checks, ops
 from ..attacks import PGD, fgsm
-from ..attacks.base import norms
 from ..attacks.draws import Draws
+from ..attacks.norms import norms
 from ..engine import Model, attacking
 from ..reference.step import Scalar, arithmetic, per_sample
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .. import checks
 from .._version import __version__
 from ..attacks import APGD, APGDT, FAB, FABT, PGD, Attack, EoT, Square
-from ..attacks.base import norms
+from ..attacks.norms import norms
 from ..engine import Model, attacking, unwrap
 from ..machine import device_name
 from ..progress import progress_bar
