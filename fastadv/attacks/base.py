@@ -65,6 +65,7 @@ class Attack:
 
     NORMS: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     GRADIENTS: ClassVar[bool] = True  # whether the attack needs the model's gradients
+    EPS_OPTIONAL: ClassVar[bool] = False  # whether eps may be None
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class Attack:
         return info
 
     def _check_sizes(self) -> tuple[float, float]:
-        if self.eps is not None:
+        if self.eps is not None or not self.EPS_OPTIONAL:
             checks.non_negative("eps", self.eps)
         return checks.bounds(self.bounds)
 

@@ -34,6 +34,7 @@ class Decision(Attack):
     """
 
     GRADIENTS: ClassVar[bool] = False
+    EPS_OPTIONAL: ClassVar[bool] = True
     NORMS: ClassVar[tuple[str, ...]] = ("l2",)
 
     start: Tensor | None

@@ -57,6 +57,8 @@ class FAB(Attack):
         ValueError: an argument, x, y or the model's output is not as described; nothing has been changed then.
     """
 
+    EPS_OPTIONAL: ClassVar[bool] = True
+
     def __init__(
         self,
         model: Model,

@@ -64,7 +64,6 @@ class FeatureAttack(Attack):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be an nn.Module, whose layers have names; got {type(model).__name__}")
-        checks.non_negative("eps", eps)
         names = [name for name, _ in unwrap(model).named_modules() if name]  # type: ignore[attr-defined]
         if layer not in names:
             raise ValueError(f"layer must be a submodule's name, of {', '.join(map(repr, names))}; got {layer!r}")

@@ -67,7 +67,6 @@ class MIFGSM(Attack):
         super().__init__(model, eps, norm, targeted, bounds, seed, engine, precision, twin, memory)
 
     def _check_sizes(self) -> tuple[float, float]:
-        checks.non_negative("eps", self.eps)
         if self.alpha is not None:
             checks.non_negative("alpha", self.alpha)
         return super()._check_sizes()

@@ -77,6 +77,8 @@ def driven(attack: Attack, loop: Nearest, batch: Batch, steps: int) -> tuple[Ten
 class MinimumNorm(Attack):
     """Base of the attacks that look for the nearest adversarial image, inside a ball or, with ``eps=None``, anywhere."""
 
+    EPS_OPTIONAL: ClassVar[bool] = True
+
     def _attack(self, batch: Batch) -> Tensor:
         adv, exact = self._nearest(batch)
         adv = adv.to(batch.x.dtype)

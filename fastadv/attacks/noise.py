@@ -51,10 +51,6 @@ class RandomNoise(Attack):
         super().__init__(model, eps, norm, targeted, bounds, seed, engine, precision, twin, memory)
         self.draws = checks.integer("draws", draws)
 
-    def _check_sizes(self) -> tuple[float, float]:
-        checks.non_negative("eps", self.eps)
-        return super()._check_sizes()
-
     def _attack(self, batch: Batch) -> Tensor:
         whole = _Noise.over(batch)
         walk(self._engine, batch, whole, growing(self.draws), _Noise.trials)

@@ -64,7 +64,6 @@ class PGD0(Attack):
         self.alpha = checks.number("alpha", alpha, positive=True)
 
     def _check_sizes(self) -> tuple[float, float]:
-        checks.non_negative("eps", self.eps)
         lo, hi = super()._check_sizes()
         if not math.isfinite(hi - lo):
             raise ValueError(f"bounds must be finite for PGD0, whose pixels move as far as they may; got {self.bounds!r}")

@@ -71,10 +71,6 @@ class SPSA(Attack):
         self.steps, self.directions = checks.integer("steps", steps), checks.integer("directions", directions)
         self.delta, self.lr = checks.number("delta", delta, positive=True), checks.number("lr", lr, positive=True)
 
-    def _check_sizes(self) -> tuple[float, float]:
-        checks.non_negative("eps", self.eps)
-        return super()._check_sizes()
-
     def _attack(self, batch: Batch) -> Tensor:
         span = batch.hi - batch.lo if math.isfinite(batch.hi - batch.lo) else 1.0
         whole = _Ascent.over(batch, best=batch.x.clone(), mean=torch.zeros_like(batch.x), square=torch.zeros_like(batch.x))

@@ -78,10 +78,6 @@ class Square(Attack):
             raise ValueError(f"p_init must be in (0, 1]; got {p_init!r}")
         self.p_init, self.rescale = p_init, bool(rescale)
 
-    def _check_sizes(self) -> tuple[float, float]:
-        checks.non_negative("eps", self.eps)
-        return super()._check_sizes()
-
     def _attack(self, batch: Batch) -> Tensor:
         kind = {"linf": _Linf, "l2": _L2, "l1": _L1}[self.norm]
         whole: _Windows = kind.over(batch)

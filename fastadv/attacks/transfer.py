@@ -39,6 +39,7 @@ class Transfer(Attack):
 
     NORMS: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
     GRADIENTS: ClassVar[bool] = False  # of the victim
+    EPS_OPTIONAL: ClassVar[bool] = True  # the attacks have their own
 
     def __init__(self, model: Model, attack: Made | Sequence[Made]) -> None:
         self.attacks = list(attack) if isinstance(attack, Sequence) else [attack]
