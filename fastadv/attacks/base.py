@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..engine import Engine, Loss, Losses, Model, Passes, Stats, attacking, round_towards, unwrap
+from ..engine import Engine, Model, Passes, Stats, attacking, round_towards, unwrap
 from ..reference.step import Scalar, per_sample
 from .draws import Draws
 from .norms import norms
@@ -141,7 +141,7 @@ class Attack:
                 logits = Passes(model, check=passes.check).logits(adv)  # if this is the first of all
                 success = batch.fooled(logits)
             distance = self._lengths(adv.to(centre.dtype) - centre).masked_fill(~success, math.inf)
-        self.info = self._told(AttackInfo(success, distance=distance, forwards=batch.forwards + 1, queries=batch.queries + 1))
+        self.info = AttackInfo(success, distance=distance, forwards=batch.forwards + 1, queries=batch.queries + 1)
         return adv
 
     def _attack(self, batch: Batch) -> Tensor:
@@ -151,10 +151,6 @@ class Attack:
     def _lengths(self, d: Tensor) -> Tensor:
         """Of perturbations [N, ...], in the attack's norm, [N]."""
         return norms(d, self.norm)
-
-    def _told(self, info: AttackInfo) -> AttackInfo:
-        """Adds what this attack tells besides."""
-        return info
 
     def _check_sizes(self) -> tuple[float, float]:
         if self.eps is not None or not self.EPS_OPTIONAL:
@@ -232,13 +228,6 @@ class Batch:
         self.queries += 1
         with torch.no_grad():
             return self.passes.logits(self.inputs(adv))
-
-    def gradient(self, adv: Tensor, loss: Loss, reference: Tensor | None = None) -> tuple[Tensor, Losses, Tensor]:
-        """Logits, ``loss(logits, y, reference, out)`` and its gradient with respect to the images, for the whole batch."""
-        self.forwards += 1
-        self.queries += 1
-        with torch.enable_grad():
-            return self.passes.gradient(self.inputs(adv), loss, self.y, reference)
 
     def fooled(self, logits: Tensor) -> Tensor:
         """Whether these predictions are what the attack wants, [N]."""
