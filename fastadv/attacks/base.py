@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..engine import Engine, Model, Passes, Stats, attacking, round_towards, unwrap
-from ..reference.step import Scalar, per_sample
+from ..engine import Engine, Model, Passes, Stats, attacking, unwrap
+from ..reference.step import Scalar
 from .draws import Draws
-from .norms import norms
+from .norms import norms, rounded
 
 
 @dataclass(frozen=True)
@@ -214,13 +214,8 @@ class Batch:
         self.queries[chosen] += part.queries
 
     def inputs(self, adv: Tensor) -> Tensor:
-        """The images as the model gets them: in the caller's precision, inside the ball there too."""
-        if adv.dtype == self.dtype:
-            return adv.detach()
-        farthest: float | Tensor = math.inf
-        if self.norm == "linf" and self.eps is not None:
-            farthest = per_sample(self.eps, adv, torch.float64)
-        return round_towards(self.x.to(self.dtype), adv.detach(), farthest)
+        """The images as the model gets them."""
+        return rounded(adv, self.x, self.dtype, self.eps, self.norm).detach()
 
     def logits(self, adv: Tensor) -> Tensor:
         """Logits [N, C] of the whole batch."""

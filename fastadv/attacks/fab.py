@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..engine import Loop, Loss, Losses, Model, Passes, round_towards
+from ..engine import Loop, Loss, Losses, Model, Passes
 from ..reference.step import Scalar, per_sample, spread
 from .base import Attack, Batch, as_function
-from .norms import DUAL, norms
+from .norms import DUAL, norms, rounded
 from .pgd import STEPS
 from .search import bucket
 
@@ -308,10 +308,8 @@ class _Approach(Loop):
             self.done.logical_or_(_within(self.distance, self.eps))
 
     def inputs(self) -> Tensor:
-        """The images as the model gets them: in x's precision, no farther there either."""
-        if self.adv.dtype == self.dtype:
-            return self.adv
-        return round_towards(self.centre.to(self.dtype), self.adv.detach(), math.inf)
+        """The images as the model gets them, in no ball."""
+        return rounded(self.adv, self.centre, self.dtype)
 
     def update(self, other: _Approach, rows: Tensor) -> None:
         """Takes over what has become of these samples in a loop that was made of this one."""

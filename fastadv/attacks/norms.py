@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference.step import Scalar, project_l1_box, rows, spread
+from ..engine import round_towards
+from ..reference.step import Scalar, per_sample, project_l1_box, rows, spread
 
 ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 DUAL = {"l1": "linf", "l2": "l2", "linf": "l1"}
@@ -50,6 +51,14 @@ def project(d: Tensor, radius: Scalar, norm: str, low: Tensor, high: Tensor) -> 
         return clipped.clamp(-radius, radius)
     length = spread(torch.linalg.vector_norm(rows(d), dim=1), d)
     return torch.where(length > radius, d * (radius / length), d).clamp(low, high)
+
+
+def rounded(adv: Tensor, x: Tensor, dtype: torch.dtype, eps: Scalar | None = None, norm: str = "linf") -> Tensor:
+    """Images as the model gets them: in the caller's precision, no farther from x, and inside the ball, there too."""
+    if adv.dtype == dtype:
+        return adv
+    farthest = math.inf if eps is None or norm != "linf" else per_sample(eps, adv, torch.float64)
+    return round_towards(x.to(dtype), adv.detach(), farthest)
 
 
 def largest(size: Tensor, count: Tensor) -> Tensor:
