@@ -107,11 +107,8 @@ class Passes:
 
     def gradients(self, inputs: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the input gradients [K, N, ...], to scale, of K sums of them with weights ``cotangents`` [K, N, C]."""
-        logits = self.logits(inputs.requires_grad_())
-        last = len(cotangents) - 1
-        with mark("model backward"):
-            found = [input_gradient(logits, inputs, self.cotangent(c), again=k < last) for k, c in enumerate(cotangents)]
-        return logits.detach(), torch.stack([self.to_scale(g, c) for g, c in zip(found, cotangents, strict=True)])
+        logits, pullback = self.pullback(inputs)
+        return logits, torch.stack([self.to_scale(pullback(c), c) for c in cotangents])
 
     def pullback(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits, and the gradient with respect to ``inputs`` by that of the logits [N, C]: several of them from one forward.
