@@ -74,11 +74,7 @@ class _Noise(Walk):
         if self.norm == "linf":
             return draws.uniform(draw, *shape, dtype=x.dtype).mul_(2).sub_(1).mul_(eps)
         # Uniform on the sphere, which is a direction of normal, or of two-sided exponential, numbers; then inside of it.
-        if self.norm == "l2":
-            noise = draws.normal(draw, *shape, dtype=x.dtype)
-        else:
-            u = draws.uniform(draw, *shape, dtype=x.dtype).mul_(2).sub_(1)
-            noise = u.sign() * torch.log1p(-u.abs())
+        noise = (draws.normal if self.norm == "l2" else draws.laplace)(draw, *shape, dtype=x.dtype)
         deep = draws.of_stream(draws.stream + 1).uniform(draw, 1, dtype=x.dtype)[:, 0] ** (1 / noise[0].numel())
         return noise * (eps * spread(deep / norms(noise, self.norm).clamp(min=1e-30), noise))
 

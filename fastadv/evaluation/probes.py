@@ -166,14 +166,8 @@ class Probe:
 
 def surface(draws: Draws, step: int, x: Tensor, eps: Scalar, norm: str) -> Tensor:
     """Perturbations like x of length eps: corners of the linf ball, uniform on those of l2 and l1."""
-    shape, dtype = x.shape[1:], torch.promote_types(x.dtype, torch.float32)
-    if norm == "linf":
-        direction = draws.signs(step, *shape, dtype=dtype)
-    elif norm == "l2":
-        direction = draws.normal(step, *shape, dtype=dtype)
-    else:  # Laplace's, whose density is constant on l1 spheres
-        uniform = 1 - 2 * draws.uniform(step, *shape, dtype=dtype)
-        direction = uniform.sign() * -torch.log1p(-uniform.abs().clamp(max=1 - 2.0**-24))
+    draw = {"linf": draws.signs, "l2": draws.normal, "l1": draws.laplace}[norm]
+    direction = draw(step, *x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32))
     length = per_sample(norms(direction, norm), direction)
     return (direction / length * per_sample(eps, direction)).to(x.dtype)
 
