@@ -200,6 +200,12 @@ class Batch:
         if self.queries is None:
             self.queries = torch.zeros_like(self.y)
 
+    @property
+    def span(self) -> float:
+        """The length of an element's range, in which papers on images in [0, 1] measure; 1 where there are no bounds."""
+        width = self.hi - self.lo
+        return width if math.isfinite(width) else 1.0
+
     def rows(self, chosen: Tensor, stream: int = 0) -> Batch:
         """The chosen samples, as a batch with counts of its own (:meth:`count` brings them home), to draw from ``stream``."""
         eps = self.eps[chosen] if isinstance(self.eps, Tensor) and self.eps.dim() else self.eps

@@ -12,14 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import checks
 from ..engine import Model
 from ..reference.step import Scalar, spread
 from .base import Attack, Batch, as_function
 from .norms import norms
+from .pgd import STEPS
 from .queries import TOGETHER, ask
 
-PROJECTIONS = {"linf": ops.linf_step_, "l2": ops.l2_step_}  # by steps of length 0
 TRIES = 100  # images of noise, to start from one that fools the model
 STARTS, DIRECTIONS = 1, 2  # streams of random numbers
 GROUP = 8  # directions drawn together: what a sample draws must not depend on how many go into a forward pass
@@ -50,7 +50,7 @@ class Decision(Attack):
             batch.count(part, who)
         if self.eps is not None:
             inside = norms(adv - x, self.norm) <= _radius(batch)
-            clipped = PROJECTIONS[self.norm](adv.clone(), adv, x, 0.0, self.eps, batch.lo, batch.hi)
+            clipped = STEPS[self.norm](adv.clone(), adv, x, 0.0, self.eps, batch.lo, batch.hi)  # of length 0: the projection
             adv = torch.where(spread(inside, x), adv, clipped)
         return adv
 
@@ -183,7 +183,6 @@ class HopSkipJump(Decision):
     def _approach(self, batch: Batch, adv: Tensor) -> Tensor:
         elements = adv[0].numel()
         threshold = min(0.5, self.gamma / elements ** (1.5 if self.norm == "l2" else 2))
-        span = batch.hi - batch.lo if math.isfinite(batch.hi - batch.lo) else 1.0
         adv = _to_boundary(self, batch, adv, threshold)
         best = adv.clone()
         for step in range(self.steps):
@@ -194,7 +193,7 @@ class HopSkipJump(Decision):
                 if not len(who):
                     break
             part, here, far = batch.rows(who), adv[who], distance[who]
-            reach = 0.1 * span * torch.ones_like(far) if step == 0 else self.gamma / elements * far
+            reach = 0.1 * batch.span * torch.ones_like(far) if step == 0 else self.gamma / elements * far
             directions = min(int(self.queries * math.sqrt(step + 1)), self.max_queries)
             direction = self._direction(part, here, reach, step, directions)
             there = self._hop(part, here, direction, far / math.sqrt(step + 1))

@@ -126,8 +126,7 @@ class FAB(Attack):
             noise = batch.draws.uniform(number, *shape, dtype=dtype) * 2 - 1
         else:
             noise = batch.draws.normal(number, *shape, dtype=dtype)
-        box = batch.hi - batch.lo
-        eps = START[self.norm] * (box if box < math.inf else 1.0) if batch.eps is None else batch.eps
+        eps = START[self.norm] * batch.span if batch.eps is None else batch.eps
         radius = torch.minimum(loop.distance, torch.as_tensor(per_sample(eps, loop.distance)).to(loop.distance))
         return (batch.x + spread(0.5 * radius / norms(noise, self.norm), noise) * noise).clamp(batch.lo, batch.hi)
 

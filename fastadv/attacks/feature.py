@@ -97,8 +97,7 @@ class FeatureAttack(Attack):
                 loss=_distance,  # type: ignore[arg-type]  # of representations, not of logits
             )  # fmt: skip
             loop.passes = passes
-            with torch.enable_grad():
-                forwards, _ = drive(self._engine, loop, self._representation, self.steps)
+            forwards, _ = drive(self._engine, loop, self._representation, self.steps)
         batch.forwards += forwards + 1
         batch.queries += forwards + 1
         return loop.adv

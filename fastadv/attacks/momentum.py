@@ -83,8 +83,7 @@ class MIFGSM(Attack):
             lo=batch.lo, hi=batch.hi, dtype=batch.dtype, norm=self.norm, loss=loss,
         )  # fmt: skip
         loop.passes = batch.passes
-        with torch.enable_grad():
-            forwards, _ = drive(self._engine, loop, batch.model, self.steps)
+        forwards, _ = drive(self._engine, loop, batch.model, self.steps)
         batch.forwards += forwards
         batch.queries += forwards
         return loop.adv

@@ -130,12 +130,6 @@ def clean_logits(batch: Batch) -> Tensor:
     return logits
 
 
-def span(batch: Batch) -> float:
-    """The length of an element's range, in which papers on images in [0, 1] measure; 1 where there are no bounds."""
-    width = batch.hi - batch.lo
-    return width if math.isfinite(width) else 1.0
-
-
 def farthest(batch: Batch) -> Tensor:
     """How far the image of each sample may go, [N]: to the farthest corner of the box, or the end of the ball."""
     corner = norms(torch.maximum(batch.x - batch.lo, batch.hi - batch.x), batch.norm)
