@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Engine, Model, Passes, Stats, attacking, unwrap
-from ..reference.step import Scalar
+from ..reference.step import Scalar, of_samples
 from .draws import Draws
 from .norms import norms, rounded
 
@@ -208,7 +208,7 @@ class Batch:
 
     def rows(self, chosen: Tensor, stream: int = 0) -> Batch:
         """The chosen samples, as a batch with counts of its own (:meth:`count` brings them home), to draw from ``stream``."""
-        eps = self.eps[chosen] if isinstance(self.eps, Tensor) and self.eps.dim() else self.eps
+        eps = None if self.eps is None else of_samples(self.eps, chosen)
         return Batch(
             self.model, self.passes, self.x[chosen], self.y[chosen], eps, self.lo, self.hi, self.norm, self.targeted,
             self.dtype, self.draws.rows(chosen).of_stream(stream),

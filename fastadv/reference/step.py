@@ -29,6 +29,11 @@ def per_sample(value: Scalar, like: Tensor, dtype: torch.dtype | None = None) ->
     return spread(value.to(like.device, dtype or like.dtype), like) if isinstance(value, Tensor) else value
 
 
+def of_samples(value: Scalar, chosen: Tensor | slice) -> Scalar:
+    """The chosen samples' part of a per-sample tensor [N]; a number for all as it is."""
+    return value[chosen] if isinstance(value, Tensor) and value.dim() else value
+
+
 def spread(values: Tensor, like: Tensor) -> Tensor:
     """Values of samples [N], shaped to broadcast over ``like`` [N, ...]."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
