@@ -1,7 +1,9 @@
 """Triton kernels run in every test session: on a GPU where there is one, else under Triton's interpreter."""
 
+import atexit
 import gc
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -16,6 +18,8 @@ if not torch.cuda.is_available():
 os.environ["FASTADV_CACHE"] = tempfile.mkdtemp(prefix="fastadv-tests-")
 
 from ways import own_choices, recorder, way  # noqa: F401 - fixtures, which import fastadv
+
+atexit.register(shutil.rmtree, os.environ["FASTADV_CACHE"], ignore_errors=True)
 
 # Several processes of several threads each would wait for one another, tens of times over.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -379,8 +379,8 @@ def test_somebody_elses_backward_is_not_the_models():
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
 def test_noise_lies_on_and_in_the_ball(norm, bounds):
-    from fastadv.attacks.base import norms
     from fastadv.attacks.draws import Draws
+    from fastadv.attacks.norms import norms
 
     x, eps = torch.rand(6, 3, 4, 4), torch.linspace(0, 5, 6)
     draws = Draws(0, torch.arange(6))

@@ -13,7 +13,8 @@ from torch import nn
 
 import fastadv
 from fastadv import attacks
-from fastadv.attacks.base import Attack, norms
+from fastadv.attacks.base import Attack
+from fastadv.attacks.norms import norms
 
 MASK = torch.ones(1, 8, 8)
 
@@ -216,3 +217,6 @@ def test_bad_input_is_refused_before_any_work(name):
     for wrong in ({"eps": -1.0}, {"norm": "l7"}, {"seed": 0.5}, {"engine": "fast"}, {"precision": "int8"}, {"bounds": (1, 0)}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
             ATTACKS[name](net, **wrong)
+    if inspect.signature(type(attack)).parameters["eps"].default is not None:
+        with pytest.raises(ValueError, match=r"eps must be a finite number >= 0 .* got None"):
+            ATTACKS[name](net, eps=None)

@@ -189,6 +189,14 @@ def test_signs_are_fair_and_their_own():
     assert max(float(half.abs().max()) for half in halves) < 0.15
 
 
+def test_no_draw_is_infinite(monkeypatch):
+    """Of 2^24 uniform numbers one is 0, the end of a two-sided exponential."""
+    monkeypatch.setattr(Draws, "uniform", lambda *_, dtype: torch.tensor([[0.0, 0.5, 1 - 2.0**-24]], dtype=dtype))
+    for dtype in (torch.float32, torch.float64):
+        drawn = Draws(0, torch.arange(1)).laplace(0, 3, dtype=dtype)
+        torch.testing.assert_close(drawn, math.log(2) * torch.tensor([[24, 0, -23]], dtype=dtype))
+
+
 # -------------------------------------------------------------------------------------------------------------- noise
 
 

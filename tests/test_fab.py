@@ -27,7 +27,7 @@ from torch import nn
 
 import fastadv
 from fastadv import FAB, FABT
-from fastadv.attacks.base import norms
+from fastadv.attacks.norms import norms
 from fastadv.reference import step as reference
 
 NORMS = ("linf", "l2", "l1")

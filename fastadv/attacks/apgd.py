@@ -22,11 +22,12 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..engine import Losses, Model, Passes
-from ..reference.step import Scalar, per_sample
-from .base import Attack, Batch, as_function, norms
+from ..reference.step import Scalar, per_sample, spread
+from .base import Attack, Batch, as_function
 from .losses import LABEL_LOSSES, AttackLoss, Towards
+from .norms import norms
 from .pgd import STEPS
-from .search import Search, better, drive, whole
+from .search import Search, better, drive
 
 MOMENTUM = 0.75  # the share of the step; the rest is of the one before. The first is a step alone
 RHO = 0.75  # of the steps since the last checkpoint must raise the loss
@@ -319,7 +320,7 @@ class _Ascent(Search):
         if self.norm == "l1":
             self._sparse_step()
         else:
-            share = whole(self.momentum.to(self.adv.dtype), self.adv)
+            share = spread(self.momentum.to(self.adv.dtype), self.adv)
             moved = ops.l2_step(self.adv, self.gradient, *ball).sub_(self.adv).mul_(share)
             moved.add_(self.adv).add_((self.adv - self.old).mul_(1 - share))
             self.momentum.fill_(MOMENTUM)
@@ -339,7 +340,7 @@ class _Ascent(Search):
 
     def _note(self) -> None:
         """Keeps the images that are the best ones."""
-        better, taken = whole(self.better, self.adv), whole(self.taken, self.adv)
+        better, taken = spread(self.better, self.adv), spread(self.taken, self.adv)
         torch.where(better, self.adv, self.highest, out=self.highest)
         torch.where(better, self.gradient, self.highest_gradient, out=self.highest_gradient)
         torch.where(taken, self.adv, self.image, out=self.image)
@@ -364,7 +365,7 @@ class _Ascent(Search):
                 self.halved.copy_(back)
                 self.checked.copy_(self.highest_score)
                 self.rises.zero_()
-            these = whole(back, self.adv)
+            these = spread(back, self.adv)
             torch.where(these, self.highest, self.adv, out=self.adv)
             torch.where(these, self.highest_gradient, self.gradient, out=self.gradient)
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..engine import Engine, Loss, Losses, Model, Passes, Stats, attacking, round_towards, unwrap
-from ..reference.step import Scalar, per_sample
+from ..engine import Engine, Model, Passes, Stats, attacking, unwrap
+from ..reference.step import Scalar, of_samples
 from .draws import Draws
+from .norms import norms, rounded
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Attack:
 
     NORMS: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     GRADIENTS: ClassVar[bool] = True  # whether the attack needs the model's gradients
+    EPS_OPTIONAL: ClassVar[bool] = False  # whether eps may be None
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class Attack:
                 logits = Passes(model, check=passes.check).logits(adv)  # if this is the first of all
                 success = batch.fooled(logits)
             distance = self._lengths(adv.to(centre.dtype) - centre).masked_fill(~success, math.inf)
-        self.info = self._told(AttackInfo(success, distance=distance, forwards=batch.forwards + 1, queries=batch.queries + 1))
+        self.info = AttackInfo(success, distance=distance, forwards=batch.forwards + 1, queries=batch.queries + 1)
         return adv
 
     def _attack(self, batch: Batch) -> Tensor:
@@ -150,12 +152,8 @@ class Attack:
         """Of perturbations [N, ...], in the attack's norm, [N]."""
         return norms(d, self.norm)
 
-    def _told(self, info: AttackInfo) -> AttackInfo:
-        """Adds what this attack tells besides."""
-        return info
-
     def _check_sizes(self) -> tuple[float, float]:
-        if self.eps is not None:
+        if self.eps is not None or not self.EPS_OPTIONAL:
             checks.non_negative("eps", self.eps)
         return checks.bounds(self.bounds)
 
@@ -202,9 +200,15 @@ class Batch:
         if self.queries is None:
             self.queries = torch.zeros_like(self.y)
 
+    @property
+    def span(self) -> float:
+        """The length of an element's range, in which papers on images in [0, 1] measure; 1 where there are no bounds."""
+        width = self.hi - self.lo
+        return width if math.isfinite(width) else 1.0
+
     def rows(self, chosen: Tensor, stream: int = 0) -> Batch:
         """The chosen samples, as a batch with counts of its own (:meth:`count` brings them home), to draw from ``stream``."""
-        eps = self.eps[chosen] if isinstance(self.eps, Tensor) and self.eps.dim() else self.eps
+        eps = None if self.eps is None else of_samples(self.eps, chosen)
         return Batch(
             self.model, self.passes, self.x[chosen], self.y[chosen], eps, self.lo, self.hi, self.norm, self.targeted,
             self.dtype, self.draws.rows(chosen).of_stream(stream),
@@ -216,13 +220,8 @@ class Batch:
         self.queries[chosen] += part.queries
 
     def inputs(self, adv: Tensor) -> Tensor:
-        """The images as the model gets them: in the caller's precision, inside the ball there too."""
-        if adv.dtype == self.dtype:
-            return adv.detach()
-        farthest: float | Tensor = math.inf
-        if self.norm == "linf" and self.eps is not None:
-            farthest = per_sample(self.eps, adv, torch.float64)
-        return round_towards(self.x.to(self.dtype), adv.detach(), farthest)
+        """The images as the model gets them."""
+        return rounded(adv, self.x, self.dtype, self.eps, self.norm).detach()
 
     def logits(self, adv: Tensor) -> Tensor:
         """Logits [N, C] of the whole batch."""
@@ -231,26 +230,10 @@ class Batch:
         with torch.no_grad():
             return self.passes.logits(self.inputs(adv))
 
-    def gradient(self, adv: Tensor, loss: Loss, reference: Tensor | None = None) -> tuple[Tensor, Losses, Tensor]:
-        """Logits, ``loss(logits, y, reference, out)`` and its gradient with respect to the images, for the whole batch."""
-        self.forwards += 1
-        self.queries += 1
-        with torch.enable_grad():
-            return self.passes.gradient(self.inputs(adv), loss, self.y, reference)
-
     def fooled(self, logits: Tensor) -> Tensor:
         """Whether these predictions are what the attack wants, [N]."""
         reached = logits.argmax(1) == self.y
         return reached if self.targeted else ~reached
-
-
-def norms(d: Tensor, norm: str) -> Tensor:
-    """Lengths [N] of perturbations [N, ...]; "l0" counts elements."""
-    rows = d.flatten(1)
-    if norm == "l0":
-        return (rows != 0).sum(1).to(d.dtype)
-    # Torch's vector_norm adds up squares fast, and absolute values and maxima several times slower than these.
-    return rows.norm(dim=1) if norm == "l2" else rows.abs().sum(1) if norm == "l1" else rows.abs().amax(1)
 
 
 P = ParamSpec("P")

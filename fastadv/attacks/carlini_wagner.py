@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar
-from .base import Batch, as_function, norms
+from ..reference.step import Scalar, spread
+from .base import Batch, as_function
 from .nearest import MinimumNorm, Nearest, begun, clean_logits
-from .norms import spread
+from .norms import norms
 from .search import bucket
 
 INSIDE = 1 - 1e-6  # what lies on a wall is brought so far inside, in half ranges, that atanh is finite

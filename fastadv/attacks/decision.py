@@ -12,13 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar
-from .base import Attack, Batch, as_function, norms
+from ..reference.step import Scalar, spread
+from .base import Attack, Batch, as_function
+from .norms import norms
+from .pgd import STEPS
 from .queries import TOGETHER, ask
 
-PROJECTIONS = {"linf": ops.linf_step_, "l2": ops.l2_step_}  # by steps of length 0
 TRIES = 100  # images of noise, to start from one that fools the model
 STARTS, DIRECTIONS = 1, 2  # streams of random numbers
 GROUP = 8  # directions drawn together: what a sample draws must not depend on how many go into a forward pass
@@ -33,6 +34,7 @@ class Decision(Attack):
     """
 
     GRADIENTS: ClassVar[bool] = False
+    EPS_OPTIONAL: ClassVar[bool] = True
     NORMS: ClassVar[tuple[str, ...]] = ("l2",)
 
     start: Tensor | None
@@ -48,8 +50,8 @@ class Decision(Attack):
             batch.count(part, who)
         if self.eps is not None:
             inside = norms(adv - x, self.norm) <= _radius(batch)
-            clipped = PROJECTIONS[self.norm](adv.clone(), adv, x, 0.0, self.eps, batch.lo, batch.hi)
-            adv = torch.where(_column(inside, x), adv, clipped)
+            clipped = STEPS[self.norm](adv.clone(), adv, x, 0.0, self.eps, batch.lo, batch.hi)  # of length 0: the projection
+            adv = torch.where(spread(inside, x), adv, clipped)
         return adv
 
     def _approach(self, batch: Batch, adv: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class Decision(Attack):
                 raise ValueError(f"start must be like x, {checks.describe(x)}; got {checks.describe(self.start)}")
             given = self.start.to(x.dtype).clamp(batch.lo, batch.hi)
             found |= _fools(self, batch, given)
-            return torch.where(_column(found & ~fooled, x), given, x), found
+            return torch.where(spread(found & ~fooled, x), given, x), found
         draws = batch.draws.of_stream(STARTS)
         for attempt in range(TRIES):
             who = (~found).nonzero()[:, 0]
@@ -78,7 +80,7 @@ class Decision(Attack):
                 images = (part.x + 1.1**attempt * (2 * noise - 1)).clamp_(batch.lo, batch.hi)
             good = _fools(self, part, images)
             batch.count(part, who)
-            adv[who], found[who] = torch.where(_column(good, x), images, part.x), good
+            adv[who], found[who] = torch.where(spread(good, x), images, part.x), good
         return adv, found
 
     def _check_sizes(self) -> tuple[float, float]:
@@ -95,10 +97,6 @@ def _fools(attack: Attack, batch: Batch, images: Tensor, each: int = 1) -> Tenso
     found = torch.cat([ask(attack.engine, batch, some, ragged=True).argmax(1) for some in torch.split(images, TOGETHER)])
     reached = found == batch.y.repeat_interleave(each)
     return reached if batch.targeted else ~reached
-
-
-def _column(t: Tensor, like: Tensor) -> Tensor:
-    return t.view(-1, *[1] * (like.dim() - 1))
 
 
 def _radius(batch: Batch) -> Scalar:
@@ -119,15 +117,15 @@ def _to_boundary(attack: Attack, batch: Batch, adv: Tensor, threshold: float) ->
 
     def between(share: Tensor) -> Tensor:
         if batch.norm == "l2":
-            return torch.lerp(x, adv, _column(share, x))
-        room = _column(share * far, x)
+            return torch.lerp(x, adv, spread(share, x))
+        room = spread(share * far, x)
         return adv.clamp(x - room, x + room)
 
     for _ in range(min(digits, math.ceil(math.log2(1 / threshold)))):
         middle = (low + high) / 2
         good = _fools(attack, batch, between(middle))
         low, high = torch.where(good, low, middle), torch.where(good, middle, high)
-    return torch.where(_column(high == 1, x), adv, between(high))  # at the far end rounding might cross over
+    return torch.where(spread(high == 1, x), adv, between(high))  # at the far end rounding might cross over
 
 
 class HopSkipJump(Decision):
@@ -185,7 +183,6 @@ class HopSkipJump(Decision):
     def _approach(self, batch: Batch, adv: Tensor) -> Tensor:
         elements = adv[0].numel()
         threshold = min(0.5, self.gamma / elements ** (1.5 if self.norm == "l2" else 2))
-        span = batch.hi - batch.lo if math.isfinite(batch.hi - batch.lo) else 1.0
         adv = _to_boundary(self, batch, adv, threshold)
         best = adv.clone()
         for step in range(self.steps):
@@ -196,14 +193,14 @@ class HopSkipJump(Decision):
                 if not len(who):
                     break
             part, here, far = batch.rows(who), adv[who], distance[who]
-            reach = 0.1 * span * torch.ones_like(far) if step == 0 else self.gamma / elements * far
+            reach = 0.1 * batch.span * torch.ones_like(far) if step == 0 else self.gamma / elements * far
             directions = min(int(self.queries * math.sqrt(step + 1)), self.max_queries)
             direction = self._direction(part, here, reach, step, directions)
             there = self._hop(part, here, direction, far / math.sqrt(step + 1))
             there = _to_boundary(self, part, there, threshold)
             adv[who] = there
             nearer = norms(there - part.x, self.norm) < norms(best[who] - part.x, self.norm)
-            best[who] = torch.where(_column(nearer, adv), there, best[who])
+            best[who] = torch.where(spread(nearer, adv), there, best[who])
             batch.count(part, who)
         return best
 
@@ -211,7 +208,7 @@ class HopSkipJump(Decision):
         """Of the boundary's normal, to where the model is fooled: mean of directions, plus those that do, minus those that
         do not, less the mean answer."""
         n, shape, draws = len(adv), adv.shape[1:], batch.draws.of_stream(DIRECTIONS)
-        reach = _column(reach, adv)
+        reach = spread(reach, adv)
         summed, signed, answers = (
             torch.zeros_like(adv),
             torch.zeros_like(adv),
@@ -233,20 +230,20 @@ class HopSkipJump(Decision):
             signed += torch.einsum("nk,nk...->n...", answer, rays)
             answers += answer.sum(1)
         mean = answers / directions
-        normal = signed - _column(torch.where(mean.abs() == 1, 0.0, mean), adv) * summed
+        normal = signed - spread(torch.where(mean.abs() == 1, 0.0, mean), adv) * summed
         if self.norm == "linf":
             return normal.sign()
-        return normal / (_column(norms(normal, "l2"), adv) + 1e-30)
+        return normal / (spread(norms(normal, "l2"), adv) + 1e-30)
 
     def _hop(self, batch: Batch, adv: Tensor, direction: Tensor, length: Tensor) -> Tensor:
         """As far along the direction, of lengths halved again and again, as the image fools the model; else where it was."""
         there, left = adv.clone(), torch.arange(len(adv), device=adv.device)
         for _ in range(SHORTEST):
             part = batch.rows(left)
-            images = (adv[left] + _column(length, adv) * direction[left]).clamp_(batch.lo, batch.hi)
+            images = (adv[left] + spread(length, adv) * direction[left]).clamp_(batch.lo, batch.hi)
             good = _fools(self, part, images)
             batch.count(part, left)
-            there[left] = torch.where(_column(good, adv), images, there[left])
+            there[left] = torch.where(spread(good, adv), images, there[left])
             left, length = left[~good], length[~good] / 2
             if not len(left):
                 break
@@ -324,7 +321,7 @@ class Boundary(Decision):
                 good = _fools(self, part, candidate)
                 # Nearer by construction, but for rounding and the box.
                 closer = norms(candidate - part.x, "l2") < norms(here - part.x, "l2")
-                here = torch.where(_column(good & closer, here), candidate, here)
+                here = torch.where(spread(good & closer, here), candidate, here)
             adv[who] = here
             around.add(who, _fools(self, part, sphere))
             nearer.add(who, good)
@@ -340,14 +337,14 @@ class Boundary(Decision):
         x, inwards = batch.x, batch.x - adv
         distance = norms(inwards, "l2").clamp(min=1e-30)
         eta = batch.draws.of_stream(DIRECTIONS).normal(step, *x.shape[1:], dtype=x.dtype)
-        unit = inwards / _column(distance, x)
-        eta = eta - _column((eta * unit).flatten(1).sum(1), x) * unit
-        eta = eta * _column(spherical * distance / norms(eta, "l2").clamp(min=1e-30), x)
-        sphere = (x + (eta - inwards) / _column((spherical.square() + 1).sqrt(), x)).clamp_(batch.lo, batch.hi)
+        unit = inwards / spread(distance, x)
+        eta = eta - spread((eta * unit).flatten(1).sum(1), x) * unit
+        eta = eta * spread(spherical * distance / norms(eta, "l2").clamp(min=1e-30), x)
+        sphere = (x + (eta - inwards) / spread((spherical.square() + 1).sqrt(), x)).clamp_(batch.lo, batch.hi)
         inwards = x - sphere
         off = norms(inwards, "l2").clamp(min=1e-30)  # the distance, but for rounding and the box
         length = (source * distance + off - distance).clamp(min=0) / off
-        return sphere, (sphere + _column(length, x) * inwards).clamp_(batch.lo, batch.hi)
+        return sphere, (sphere + spread(length, x) * inwards).clamp_(batch.lo, batch.hi)
 
 
 class _Rate:

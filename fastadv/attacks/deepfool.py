@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar
-from .base import Batch, as_function, norms
-from .nearest import MinimumNorm, Nearest, begun, clean_logits, driven, span
-from .norms import DUAL, spread, unit
+from ..reference.step import Scalar, spread
+from .base import Batch, as_function
+from .nearest import MinimumNorm, Nearest, begun, clean_logits, driven
+from .norms import DUAL, norms, unit
 
 BEYOND = 1e-4  # added to each step as in the original, in units of hi - lo: images on the boundary itself move too
 
@@ -67,7 +67,7 @@ class DeepFool(MinimumNorm):
         rivals = others.topk(min(self.classes, clean.shape[1]) - 1).indices
         loop = _DeepFool(
             **begun(batch, "margin"), rivals=rivals, ahead=clean.new_zeros(*rivals.shape, clean.shape[1]),
-            beyond=BEYOND * span(batch), factor=1 + self.overshoot,
+            beyond=BEYOND * batch.span, factor=1 + self.overshoot,
         )  # fmt: skip
         loop.ahead.scatter_(2, rivals[:, :, None], 1).scatter_(2, batch.y.view(-1, 1, 1).expand(-1, rivals.shape[1], 1), -1)
         loop.fooled |= batch.fooled(clean)

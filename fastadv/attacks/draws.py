@@ -50,6 +50,11 @@ class Draws:
         both = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
         return both[:, : math.prod(shape)].to(dtype).view(len(self), *shape)
 
+    def laplace(self, step: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, *shape], two-sided exponential: the density of several is constant on l1 spheres."""
+        u = self.uniform(step, *shape, dtype=dtype).mul_(2).sub_(1)
+        return u.sign() * torch.log1p(-u.abs().clamp_(max=1 - 2.0**-24))  # else infinite where -1 was drawn
+
     def integers(self, step: int, high: int | Tensor, *shape: int) -> Tensor:
         """[N, *shape], int64, uniform in [0, high); ``high`` may be a tensor that broadcasts."""
         u = self.uniform(step, *shape, dtype=torch.float64)

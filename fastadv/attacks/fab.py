@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..engine import Loop, Loss, Losses, Model, Passes, round_towards
-from ..reference.step import Scalar, per_sample
-from .base import Attack, Batch, as_function, norms
+from ..engine import Loop, Loss, Losses, Model, Passes
+from ..reference.step import Scalar, per_sample, spread
+from .base import Attack, Batch, as_function
+from .norms import DUAL, norms, rounded
 from .pgd import STEPS
-from .search import bucket, whole
+from .search import bucket
 
 HYPERPLANES = {"linf": ops.linf_hyperplane, "l2": ops.l2_hyperplane, "l1": ops.l1_hyperplane}
-DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 START = {"linf": 0.3, "l2": 1.0, "l1": 5.0}  # how far from x restarts begin at most, without eps, per unit of the box
 FAR = 1e15  # the end of an unbounded box: squares of lengths up to it are fp32 numbers
 
@@ -56,6 +56,8 @@ class FAB(Attack):
     Raises:
         ValueError: an argument, x, y or the model's output is not as described; nothing has been changed then.
     """
+
+    EPS_OPTIONAL: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -106,10 +108,10 @@ class FAB(Attack):
                 loop.known = None if exact else torch.full_like(logits, math.nan) if restart else logits.clone()
                 self._approach(batch, loop)
 
-        image = torch.where(whole(loop.distance.isfinite(), batch.x), loop.image, loop.adv)
+        image = torch.where(spread(loop.distance.isfinite(), batch.x), loop.image, loop.adv)
         if batch.eps is None:
             return image
-        within = whole(_within(loop.distance, batch.eps), batch.x)
+        within = spread(_within(loop.distance, batch.eps), batch.x)
         drawn_in = STEPS[self.norm](image.clone(), image, batch.x, 0.0, batch.eps, batch.lo, batch.hi)
         return torch.where(within, image, drawn_in)
 
@@ -124,10 +126,9 @@ class FAB(Attack):
             noise = batch.draws.uniform(number, *shape, dtype=dtype) * 2 - 1
         else:
             noise = batch.draws.normal(number, *shape, dtype=dtype)
-        box = batch.hi - batch.lo
-        eps = START[self.norm] * (box if box < math.inf else 1.0) if batch.eps is None else batch.eps
+        eps = START[self.norm] * batch.span if batch.eps is None else batch.eps
         radius = torch.minimum(loop.distance, torch.as_tensor(per_sample(eps, loop.distance)).to(loop.distance))
-        return (batch.x + whole(0.5 * radius / norms(noise, self.norm), noise) * noise).clamp(batch.lo, batch.hi)
+        return (batch.x + spread(0.5 * radius / norms(noise, self.norm), noise) * noise).clamp(batch.lo, batch.hi)
 
     def _approach(self, batch: Batch, entire: _Approach) -> None:
         """All steps from ``entire.adv``. Who is done leaves the batch, at sizes that return."""
@@ -247,7 +248,7 @@ class _Approach(Loop):
             if self.known is not None:
                 self.known.copy_(logits.masked_fill(fooled[:, None], math.nan))  # those go elsewhere
             self.keep_nearest(inputs, fooled)
-            self.adv.lerp_(self.centre, whole(fooled * (1 - self.beta), self.adv).to(self.adv.dtype))
+            self.adv.lerp_(self.centre, spread(fooled * (1 - self.beta), self.adv).to(self.adv.dtype))
 
     def boundary(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The difference of logits [N] that is 0 on the boundary, and its gradient."""
@@ -273,7 +274,7 @@ class _Approach(Loop):
             distance = height.abs() / norms(candidate, DUAL[self.norm])
             nearer = distance < nearest
             nearest, rise = torch.where(nearer, distance, nearest), torch.where(nearer, height, rise)
-            torch.where(whole(nearer, gradient), candidate, gradient, out=gradient)
+            torch.where(spread(nearer, gradient), candidate, gradient, out=gradient)
         return rise, gradient
 
     def own(self, logits: Tensor) -> Tensor:
@@ -294,22 +295,20 @@ class _Approach(Loop):
         alpha = (ours / (ours + cleans)).clamp(max=self.alpha_max)
         points.add_(moves, alpha=self.eta)
         moved, leant = points.chunk(2)
-        torch.lerp(moved, leant, whole(alpha, moved), out=self.adv).clamp_(self.lo, self.hi)
+        torch.lerp(moved, leant, spread(alpha, moved), out=self.adv).clamp_(self.lo, self.hi)
 
     def keep_nearest(self, inputs: Tensor, fooled: Tensor) -> None:
         distance = norms(inputs.to(self.adv.dtype) - self.centre, self.norm)
         nearer = fooled & ~self.done & (distance < self.distance)
-        torch.where(whole(nearer, self.image), inputs.to(self.image.dtype), self.image, out=self.image)
+        torch.where(spread(nearer, self.image), inputs.to(self.image.dtype), self.image, out=self.image)
         torch.where(nearer, distance, self.distance, out=self.distance)
         if self.early_stop:
             assert self.eps is not None
             self.done.logical_or_(_within(self.distance, self.eps))
 
     def inputs(self) -> Tensor:
-        """The images as the model gets them: in x's precision, no farther there either."""
-        if self.adv.dtype == self.dtype:
-            return self.adv
-        return round_towards(self.centre.to(self.dtype), self.adv.detach(), math.inf)
+        """The images as the model gets them, in no ball."""
+        return rounded(self.adv, self.centre, self.dtype)
 
     def update(self, other: _Approach, rows: Tensor) -> None:
         """Takes over what has become of these samples in a loop that was made of this one."""

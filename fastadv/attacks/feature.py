@@ -64,7 +64,6 @@ class FeatureAttack(Attack):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be an nn.Module, whose layers have names; got {type(model).__name__}")
-        checks.non_negative("eps", eps)
         names = [name for name, _ in unwrap(model).named_modules() if name]  # type: ignore[attr-defined]
         if layer not in names:
             raise ValueError(f"layer must be a submodule's name, of {', '.join(map(repr, names))}; got {layer!r}")
@@ -98,8 +97,7 @@ class FeatureAttack(Attack):
                 loss=_distance,  # type: ignore[arg-type]  # of representations, not of logits
             )  # fmt: skip
             loop.passes = passes
-            with torch.enable_grad():
-                forwards, _ = drive(self._engine, loop, self._representation, self.steps)
+            forwards, _ = drive(self._engine, loop, self._representation, self.steps)
         batch.forwards += forwards + 1
         batch.queries += forwards + 1
         return loop.adv

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar
-from .base import Batch, as_function, norms
-from .nearest import MinimumNorm, Nearest, begun, driven, farthest, span
-from .norms import DUAL, project, spread, unit
+from ..reference.step import Scalar, spread
+from .base import Batch, as_function
+from .nearest import MinimumNorm, Nearest, begun, driven, farthest
+from .norms import DUAL, norms, project, unit
 
 
 class DDN(MinimumNorm):
@@ -70,9 +70,9 @@ class DDN(MinimumNorm):
     def _nearest(self, batch: Batch) -> tuple[Tensor, bool]:
         limit = farthest(batch)
         loop = _DDN(
-            **begun(batch, "ce"), steps=self.steps, limit=limit, radius=limit.clamp(max=self.init_norm * span(batch)),
+            **begun(batch, "ce"), steps=self.steps, limit=limit, radius=limit.clamp(max=self.init_norm * batch.span),
             spare=unit(batch.draws.normal(0, *batch.x.shape[1:], dtype=batch.x.dtype)),
-            gamma=self.gamma, longest=self._sign * span(batch), shortest=self._sign * 0.01 * span(batch),
+            gamma=self.gamma, longest=self._sign * batch.span, shortest=self._sign * 0.01 * batch.span,
         )  # fmt: skip
         return driven(self, loop, batch, self.steps)
 
@@ -126,7 +126,7 @@ class FMN(MinimumNorm):
             raise ValueError(f"gamma_final must be at most gamma, {gamma}; got {gamma_final}")
 
     def _nearest(self, batch: Batch) -> tuple[Tensor, bool]:
-        limit, alpha = farthest(batch), self._sign * self.alpha * span(batch)
+        limit, alpha = farthest(batch), self._sign * self.alpha * batch.span
         loop = _FMN(
             **begun(batch, "margin"), steps=self.steps, limit=limit,
             radius=torch.full_like(limit, 1.0 if self.norm == "l0" else 0.0),

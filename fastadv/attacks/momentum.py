@@ -67,7 +67,6 @@ class MIFGSM(Attack):
         super().__init__(model, eps, norm, targeted, bounds, seed, engine, precision, twin, memory)
 
     def _check_sizes(self) -> tuple[float, float]:
-        checks.non_negative("eps", self.eps)
         if self.alpha is not None:
             checks.non_negative("alpha", self.alpha)
         return super()._check_sizes()
@@ -84,8 +83,7 @@ class MIFGSM(Attack):
             lo=batch.lo, hi=batch.hi, dtype=batch.dtype, norm=self.norm, loss=loss,
         )  # fmt: skip
         loop.passes = batch.passes
-        with torch.enable_grad():
-            forwards, _ = drive(self._engine, loop, batch.model, self.steps)
+        forwards, _ = drive(self._engine, loop, batch.model, self.steps)
         batch.forwards += forwards
         batch.queries += forwards
         return loop.adv

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..engine import Losses, Passes
-from .base import Attack, Batch, norms
+from ..reference.step import spread
+from .base import Attack, Batch
 from .losses import AttackLoss
-from .norms import project, spread
+from .norms import norms, project
 from .search import Search, drive
 
 LONGER = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3, 2.0)  # times the length at which other passes than the model's own were fooled
@@ -76,6 +77,8 @@ def driven(attack: Attack, loop: Nearest, batch: Batch, steps: int) -> tuple[Ten
 class MinimumNorm(Attack):
     """Base of the attacks that look for the nearest adversarial image, inside a ball or, with ``eps=None``, anywhere."""
 
+    EPS_OPTIONAL: ClassVar[bool] = True
+
     def _attack(self, batch: Batch) -> Tensor:
         adv, exact = self._nearest(batch)
         adv = adv.to(batch.x.dtype)
@@ -125,12 +128,6 @@ def clean_logits(batch: Batch) -> Tensor:
         logits: Tensor = Passes(batch.model, check=batch.passes.check).logits(batch.inputs(batch.x))
     batch.passes.check = None  # a part of the batch may be next
     return logits
-
-
-def span(batch: Batch) -> float:
-    """The length of an element's range, in which papers on images in [0, 1] measure; 1 where there are no bounds."""
-    width = batch.hi - batch.lo
-    return width if math.isfinite(width) else 1.0
 
 
 def farthest(batch: Batch) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar, per_sample
-from .base import Attack, Batch, as_function, norms
+from ..reference.step import Scalar, per_sample, spread
+from .base import Attack, Batch, as_function
+from .norms import norms
 from .queries import Walk, growing, walk
 
 
@@ -50,10 +51,6 @@ class RandomNoise(Attack):
         super().__init__(model, eps, norm, targeted, bounds, seed, engine, precision, twin, memory)
         self.draws = checks.integer("draws", draws)
 
-    def _check_sizes(self) -> tuple[float, float]:
-        checks.non_negative("eps", self.eps)
-        return super()._check_sizes()
-
     def _attack(self, batch: Batch) -> Tensor:
         whole = _Noise.over(batch)
         walk(self._engine, batch, whole, growing(self.draws), _Noise.trials)
@@ -66,7 +63,7 @@ class _Noise(Walk):
         for draw in chunk:
             self.adv.copy_((self.x + self.noise(draw)).clamp_(self.lo, self.hi))
             yield
-            better = self.judged().view(-1, *[1] * (best.dim() - 1))
+            better = spread(self.judged(), best)
             torch.where(better, self.adv, best, out=best)
         self.adv.copy_(best)
 
@@ -77,13 +74,9 @@ class _Noise(Walk):
         if self.norm == "linf":
             return draws.uniform(draw, *shape, dtype=x.dtype).mul_(2).sub_(1).mul_(eps)
         # Uniform on the sphere, which is a direction of normal, or of two-sided exponential, numbers; then inside of it.
-        if self.norm == "l2":
-            noise = draws.normal(draw, *shape, dtype=x.dtype)
-        else:
-            u = draws.uniform(draw, *shape, dtype=x.dtype).mul_(2).sub_(1)
-            noise = u.sign() * torch.log1p(-u.abs())
+        noise = (draws.normal if self.norm == "l2" else draws.laplace)(draw, *shape, dtype=x.dtype)
         deep = draws.of_stream(draws.stream + 1).uniform(draw, 1, dtype=x.dtype)[:, 0] ** (1 / noise[0].numel())
-        return noise * (eps * (deep / norms(noise, self.norm).clamp(min=1e-30)).view(-1, *[1] * len(shape)))
+        return noise * (eps * spread(deep / norms(noise, self.norm).clamp(min=1e-30), noise))
 
 
 randomnoise = as_function(RandomNoise)

@@ -1,4 +1,4 @@
-"""Directions and balls in the norms that attacks know, for batches of perturbations [N, ...]."""
+"""Lengths, directions and balls in the norms that attacks know, for batches of perturbations [N, ...]."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference.step import Scalar, project_l1_box, rows
+from ..engine import round_towards
+from ..reference.step import Scalar, per_sample, project_l1_box, rows, spread
 
 ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 DUAL = {"l1": "linf", "l2": "l2", "linf": "l1"}
 
 
-def spread(values: Tensor, like: Tensor) -> Tensor:
-    """Values of samples [N], shaped to broadcast over ``like`` [N, ...]."""
-    return values.view(-1, *[1] * (like.dim() - 1))
+def norms(d: Tensor, norm: str) -> Tensor:
+    """Lengths [N] of perturbations [N, ...]; "l0" counts elements."""
+    d = rows(d)
+    if norm == "l0":
+        return (d != 0).sum(1).to(d.dtype)
+    # Torch's vector_norm adds up squares fast, and absolute values and maxima several times slower than these.
+    return d.norm(dim=1) if norm == "l2" else d.abs().sum(1) if norm == "l1" else d.abs().amax(1)
 
 
 def unit(d: Tensor, norm: str = "l2") -> Tensor:
@@ -46,6 +51,14 @@ def project(d: Tensor, radius: Scalar, norm: str, low: Tensor, high: Tensor) -> 
         return clipped.clamp(-radius, radius)
     length = spread(torch.linalg.vector_norm(rows(d), dim=1), d)
     return torch.where(length > radius, d * (radius / length), d).clamp(low, high)
+
+
+def rounded(adv: Tensor, x: Tensor, dtype: torch.dtype, eps: Scalar | None = None, norm: str = "linf") -> Tensor:
+    """Images as the model gets them: in the caller's precision, no farther from x, and inside the ball, there too."""
+    if adv.dtype == dtype:
+        return adv
+    farthest = math.inf if eps is None or norm != "linf" else per_sample(eps, adv, torch.float64)
+    return round_towards(x.to(dtype), adv.detach(), farthest)
 
 
 def largest(size: Tensor, count: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor
 from .. import checks, ops
 from ..engine import BN_MODES, Engine, Losses, Model, Passes, Stats, attacking, unwrap
 from ..reference.loss import classes_of
-from ..reference.step import Scalar, per_sample
+from ..reference.step import Scalar, per_sample, spread
 from .base import AttackInfo
 from .losses import DIVERGENCES, LABEL_LOSSES, AttackLoss, CustomLoss
-from .search import Search, drive, whole
+from .search import Search, drive
 
 STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_, "l1": ops.l1_step_}
 INITS = ("uniform", "normal", "zero")
@@ -333,7 +333,7 @@ class _Ascent(Search):
         assert self.losses is not None
         score, fooled = self.judged(logits, self.losses[0])
         better = self.best(score, fooled, self.early_stop)
-        torch.where(whole(better, inputs), inputs, self.image, out=self.image)
+        torch.where(spread(better, inputs), inputs, self.image, out=self.image)
         torch.where(better, score, self.score, out=self.score)
         self.fooled.logical_or_(fooled)
 

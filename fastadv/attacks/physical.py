@@ -153,6 +153,7 @@ class RP2(Attack):
     """
 
     NORMS: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    EPS_OPTIONAL: ClassVar[bool] = True
 
     def __init__(
         self,

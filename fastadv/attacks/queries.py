@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..engine import Engine, Loop, Losses, Passes, round_towards
-from ..reference.step import per_sample
+from ..engine import Engine, Loop, Losses, Passes
 from .base import Batch
 from .draws import Draws
+from .norms import rounded
 from .search import bucket
 
 CHUNK = 64  # trials prepared together, at most; between chunks those who are fooled leave the batch
@@ -134,7 +134,7 @@ class Walk(Query):
         if not len(fell):
             return 0
         with torch.no_grad():
-            score, fooled = self.scored(passes.logits(self.rounded(self.image())[fell]), self.y[fell])
+            score, fooled = self.scored(passes.logits(self.inputs(self.image())[fell]), self.y[fell])
         self.queries[fell] += 1
         self.standing[fell] = ~fooled
         self.score[fell] = score.to(self.score.dtype)
@@ -149,15 +149,8 @@ class Walk(Query):
         """The best so far."""
         return self.adv
 
-    def inputs(self) -> Tensor:
-        return self.rounded(self.adv)
-
-    def rounded(self, adv: Tensor) -> Tensor:
-        """In the caller's precision, inside the ball there too."""
-        if adv.dtype == self.dtype:
-            return adv
-        farthest = per_sample(self.eps, adv, torch.float64) if self.norm == "linf" else math.inf
-        return round_towards(self.x.to(self.dtype), adv, farthest)
+    def inputs(self, images: Tensor | None = None) -> Tensor:
+        return rounded(self.adv if images is None else images, self.x, self.dtype, self.eps, self.norm)
 
 
 def walk(engine: Engine, batch: Batch, whole: W, chunks: Iterable[range], trials: Callable[[W, range], Iterator[None]]) -> None:

@@ -10,9 +10,10 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..engine import Engine, Loop, Model, Passes, Run, round_towards
-from ..reference.step import Scalar, per_sample
+from ..engine import Engine, Loop, Model, Passes, Run
+from ..reference.step import Scalar
 from .losses import AttackLoss, Towards
+from .norms import rounded
 
 S = TypeVar("S", bound="Search")
 
@@ -54,12 +55,8 @@ class Search(Loop):
         raise NotImplementedError
 
     def inputs(self, images: Tensor | None = None) -> Tensor:
-        """The images (default: that move) as the model gets them: in x's precision, inside the ball there too."""
-        images = self.adv if images is None else images
-        if images.dtype == self.dtype:
-            return images
-        farthest = per_sample(self.eps, images, torch.float64) if self.norm == "linf" else math.inf
-        return round_towards(self.centre.to(self.dtype), images.detach(), farthest)
+        """The images (default: that move) as the model gets them."""
+        return rounded(self.adv if images is None else images, self.centre, self.dtype, self.eps, self.norm)
 
     def judged(self, logits: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """What the attack raises [N], and whether it has got there [N]."""
@@ -102,11 +99,6 @@ class Search(Loop):
 def better(score: Tensor, fooled: Tensor, than_score: Tensor, than_fooled: Tensor) -> Tensor:
     """Which images [N] are better than others, or as good."""
     return (fooled & ~than_fooled) | ((fooled == than_fooled) & ~(score < than_score))
-
-
-def whole(flags: Tensor, images: Tensor) -> Tensor:
-    """One flag [N] a sample, shaped to broadcast over its image."""
-    return flags.view(-1, *[1] * (images.dim() - 1))
 
 
 @torch.enable_grad()

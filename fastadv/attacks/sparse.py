@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar
+from ..reference.step import Scalar, spread
 from .base import Attack, Batch, as_function
 from .nearest import Nearest, begun, driven
-from .norms import largest, spread, unit
+from .norms import largest, unit
 
 
 class PGD0(Attack):
@@ -64,7 +64,6 @@ class PGD0(Attack):
         self.alpha = checks.number("alpha", alpha, positive=True)
 
     def _check_sizes(self) -> tuple[float, float]:
-        checks.non_negative("eps", self.eps)
         lo, hi = super()._check_sizes()
         if not math.isfinite(hi - lo):
             raise ValueError(f"bounds must be finite for PGD0, whose pixels move as far as they may; got {self.bounds!r}")

@@ -8,7 +8,6 @@ estimate is Spall's ("Multivariate stochastic approximation using a simultaneous
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..engine import Model
-from ..reference.step import Scalar
+from ..reference.step import Scalar, spread
 from .base import Attack, Batch, as_function
+from .pgd import STEPS
 from .queries import TOGETHER, Walk, ask, walk
 
-STEPS = {"linf": ops.linf_step_, "l2": ops.l2_step_}
 DRAWN = 8  # directions drawn together: what a sample draws must not depend on how many go into a forward pass
 BETAS = (0.9, 0.999)  # of Adam
 
@@ -47,7 +46,7 @@ class SPSA(Attack):
         ValueError: an argument, x, y or the model's output is not as described.
     """
 
-    NORMS: ClassVar[tuple[str, ...]] = tuple(STEPS)
+    NORMS: ClassVar[tuple[str, ...]] = ("linf", "l2")
     GRADIENTS: ClassVar[bool] = False
 
     def __init__(
@@ -71,21 +70,16 @@ class SPSA(Attack):
         self.steps, self.directions = checks.integer("steps", steps), checks.integer("directions", directions)
         self.delta, self.lr = checks.number("delta", delta, positive=True), checks.number("lr", lr, positive=True)
 
-    def _check_sizes(self) -> tuple[float, float]:
-        checks.non_negative("eps", self.eps)
-        return super()._check_sizes()
-
     def _attack(self, batch: Batch) -> Tensor:
-        span = batch.hi - batch.lo if math.isfinite(batch.hi - batch.lo) else 1.0
         whole = _Ascent.over(batch, best=batch.x.clone(), mean=torch.zeros_like(batch.x), square=torch.zeros_like(batch.x))
 
         def trials(part: _Ascent, chunk: range) -> Iterator[None]:
             if chunk.start == 0:  # the clean image
                 yield
                 part.keep()
-            gradient = self._gradient(batch, part, chunk.start, self.delta * span)
+            gradient = self._gradient(batch, part, chunk.start, self.delta * batch.span)
             part.queries += 2 * self.directions * part.standing
-            part.move(gradient, self.lr * span, chunk.start)
+            part.move(gradient, self.lr * batch.span, chunk.start)
             yield
             part.keep()
 
@@ -129,7 +123,7 @@ class _Ascent(Walk):
         return self.best
 
     def keep(self) -> None:
-        better = self.judged().view(-1, *[1] * (self.adv.dim() - 1))
+        better = spread(self.judged(), self.adv)
         self.best.copy_(torch.where(better, self.adv, self.best))
 
     def move(self, gradient: Tensor, lr: float, step: int) -> None:

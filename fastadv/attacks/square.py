@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..engine import Model
-from ..reference.step import Scalar, per_sample
-from .base import Attack, Batch, as_function, norms
+from ..reference.step import Scalar, per_sample, spread
+from .base import Attack, Batch, as_function
+from .norms import norms
 from .queries import Walk, growing, walk
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries: after these the windows' area halves
@@ -77,10 +78,6 @@ class Square(Attack):
             raise ValueError(f"p_init must be in (0, 1]; got {p_init!r}")
         self.p_init, self.rescale = p_init, bool(rescale)
 
-    def _check_sizes(self) -> tuple[float, float]:
-        checks.non_negative("eps", self.eps)
-        return super()._check_sizes()
-
     def _attack(self, batch: Batch) -> Tensor:
         kind = {"linf": _Linf, "l2": _L2, "l1": _L1}[self.norm]
         whole: _Windows = kind.over(batch)
@@ -117,7 +114,7 @@ class _Windows(Walk):
         yield
         self.judged()
         self.score.fill_(-math.inf)
-        self.adv.copy_(torch.where(self.standing.view(-1, *[1] * (self.adv.dim() - 1)), self.started(), self.adv))
+        self.adv.copy_(torch.where(spread(self.standing, self.adv), self.started(), self.adv))
         yield
         self.judged()
 
@@ -228,7 +225,7 @@ class _L2(_Windows):
     def fitted(self, delta: Tensor) -> Tensor:
         """The first image of the search: of length eps, then clamped to the box."""
         scale = (INSIDE * self.eps).to(delta.dtype) / norms(delta, "l2")
-        return (self.x + delta * scale.view(-1, *[1] * (delta.dim() - 1))).clamp(self.lo, self.hi)
+        return (self.x + delta * spread(scale, delta)).clamp(self.lo, self.hi)
 
     def search(self, chunk: range, share: float) -> Iterator[None]:
         adv, used = _flat(self.adv), self.mass((self.adv - self.x).reshape(len(self.x), 1, -1))
@@ -330,7 +327,7 @@ class _L1(_L2):
             self.write(where, clean, clean[0] + self.patch(delta, apart, bump, used)[0])
             self.projected(self.adv)
             yield
-            better = self.judged().view(-1, *[1] * (best.dim() - 1))
+            better = spread(self.judged(), best)
             torch.where(better, self.adv, best, out=best)
             self.adv.copy_(best)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..engine import Model
+from ..reference.step import spread
 from .base import Attack, Batch
 from .pgd import PGD
 
@@ -38,6 +39,7 @@ class Transfer(Attack):
 
     NORMS: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
     GRADIENTS: ClassVar[bool] = False  # of the victim
+    EPS_OPTIONAL: ClassVar[bool] = True  # the attacks have their own
 
     def __init__(self, model: Model, attack: Made | Sequence[Made]) -> None:
         self.attacks = list(attack) if isinstance(attack, Sequence) else [attack]
@@ -61,7 +63,7 @@ class Transfer(Attack):
             margin = ops.margin(batch.logits(adv), batch.y)[0]
             astray = -margin if self.targeted else margin
             better = astray > score
-            best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), adv, best)
+            best = torch.where(spread(better, x), adv, best)
             score = torch.where(better, astray, score)
         return best
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..reference.step import spread
 from .guest import Model, input_gradient
 from .signs import signs_only
 
@@ -106,11 +107,8 @@ class Passes:
 
     def gradients(self, inputs: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the input gradients [K, N, ...], to scale, of K sums of them with weights ``cotangents`` [K, N, C]."""
-        logits = self.logits(inputs.requires_grad_())
-        last = len(cotangents) - 1
-        with mark("model backward"):
-            found = [input_gradient(logits, inputs, self.cotangent(c), again=k < last) for k, c in enumerate(cotangents)]
-        return logits.detach(), torch.stack([self.to_scale(g, c) for g, c in zip(found, cotangents, strict=True)])
+        logits, pullback = self.pullback(inputs)
+        return logits, torch.stack([self.to_scale(pullback(c), c) for c in cotangents])
 
     def pullback(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits, and the gradient with respect to ``inputs`` by that of the logits [N, C]: several of them from one forward.
@@ -134,9 +132,7 @@ class Passes:
 
     def to_scale(self, gradient: Tensor, dlogits: Tensor) -> Tensor:
         """What :meth:`gradient` gave for ``dlogits``, with that scale taken out, for who needs its length."""
-        if self.dtype != torch.float16:
-            return gradient
-        return gradient / self._scale(dlogits).view(-1, *[1] * (gradient.dim() - 1))
+        return gradient if self.dtype != torch.float16 else gradient / spread(self._scale(dlogits), gradient)
 
     def _scale(self, dlogits: Tensor) -> Tensor:
         largest = dlogits.abs().amax() if self.coupled else dlogits.abs().amax(1, keepdim=True)

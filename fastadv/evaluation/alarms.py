@@ -28,9 +28,9 @@ from torch import Tensor
 from .. import checks
 from ..attacks import NaNGradientWarning
 from ..engine import Model, attacking, unwrap
-from ..reference.step import Scalar
+from ..reference.step import Scalar, of_samples
 from .planted import planted_adversarials
-from .probes import Probe
+from .probes import Probe, evenly_spaced
 
 AUTOATTACK = "Croce and Hein, 2020"
 OBFUSCATED = "Athalye et al., 2018"
@@ -427,10 +427,9 @@ def sanity_checks(
     checks.same_device("model", model, x)
     if standing is not None and (standing.shape != y.shape or standing.dtype != torch.bool or standing.device != x.device):
         raise ValueError(f"standing must be bool [{len(x)}] on {x.device}; got {checks.describe(standing)}")
-    number = min(checks.integer("samples", samples), len(x))
-    chosen = torch.arange(number, device=x.device) * len(x) // max(number, 1)
+    chosen = evenly_spaced(checks.integer("samples", samples), len(x)).to(x.device)
     probe = Probe(unwrap(model), norm, bounds, checks.integer("seed", seed, 0), checks.integer("batch_size", batch_size))
-    batch = Batch(x.detach()[chosen], y.long()[chosen], _rows(eps, chosen), chosen)
+    batch = Batch(x.detach()[chosen], y.long()[chosen], of_samples(eps, chosen), chosen)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NaNGradientWarning)  # there is an alarm for them
         verdict = None if standing is None else standing[chosen]
@@ -446,7 +445,7 @@ class Batch(NamedTuple):
     numbers: Tensor
 
     def rows(self, mask: Tensor) -> Batch:
-        return Batch(self.x[mask], self.y[mask], _rows(self.eps, mask), self.numbers[mask])
+        return Batch(self.x[mask], self.y[mask], of_samples(self.eps, mask), self.numbers[mask])
 
     def within(self, eps: Scalar) -> Batch:
         return self._replace(eps=eps)
@@ -544,10 +543,6 @@ def _among(chosen: Tensor, of_chosen: Tensor) -> Tensor:
     mask = torch.zeros_like(chosen)
     mask[chosen] = of_chosen
     return mask
-
-
-def _rows(eps: Scalar, chosen: Tensor) -> Scalar:
-    return eps[chosen] if isinstance(eps, Tensor) and eps.dim() else eps
 
 
 def _at_most(eps: Scalar, most: float) -> Scalar:

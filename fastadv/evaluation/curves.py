@@ -10,14 +10,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
 from ..attacks import NaNGradientWarning
 from ..engine import Model, unwrap
-from .probes import PHASES, Probe
+from .probes import PHASES, Probe, device_of, evenly_spaced
 
 MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # of eps
 STEPS = 20  # of PGD at each
@@ -77,10 +76,8 @@ def robustness_curves(
     checks.labels(y, x)
     if y.is_floating_point() or not len(x):
         raise ValueError(f"y must be integer labels of at least one sample; got {checks.describe(y)}")
-    number = min(checks.integer("samples", samples), len(x))
-    chosen = torch.arange(number) * len(x) // number
-    model = unwrap(model)
-    device = next((p.device for p in model.parameters()), x.device) if isinstance(model, nn.Module) else x.device
+    chosen, model = evenly_spaced(checks.integer("samples", samples), len(x)), unwrap(model)
+    device = device_of(model, x)
     x, y = (t.detach()[chosen.to(t.device)].to(device) for t in (x, y.long()))
     chosen = chosen.to(device)
     probe = Probe(model, norm, bounds, checks.integer("seed", seed, 0), checks.integer("batch_size", batch_size))
@@ -89,14 +86,14 @@ def robustness_curves(
         logits = probe.logits(x)
         checks.logits(logits, x, y)
         right = logits.argmax(1) == y
-        chance = float(y.bincount().max()) / number
+        chance = float(y.bincount().max()) / len(chosen)
         radii, accuracies = _against_eps(probe, x, y, eps, chosen, right, chance)
         path = probe.pgd(x, y, eps, chosen, LONG)
     repeated = {round(until * LONG) + number for number, (_, until) in enumerate(PHASES[:-1], start=1)}  # where a phase begins
     steps = [step for step in range(len(path.losses)) if step not in repeated]
     standing = right & ~path.fooled.cummax(0).values[steps]
     losses = F.softplus(path.losses[steps].double()).mean(1)
-    return Curves(number, chance, radii, accuracies, standing.double().mean(1).tolist(), losses.tolist())
+    return Curves(len(chosen), chance, radii, accuracies, standing.double().mean(1).tolist(), losses.tolist())
 
 
 def _against_eps(

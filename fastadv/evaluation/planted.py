@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..attacks.draws import Draws
 from ..engine import Model
-from ..reference.step import Scalar, arithmetic
+from ..reference.step import Scalar, arithmetic, of_samples
 from .probes import Probe, inside, surface
 
 PlantedAttack = Callable[[Model, Tensor, Tensor, Scalar, Tensor], Tensor]  # (model, x, y, eps, samples) -> images
@@ -84,8 +84,8 @@ def planted_adversarials(
     nothing = torch.zeros(0, dtype=torch.bool, device=x.device)
     found, by_noise = [nothing], [nothing]
     for n in range(len(x)):
-        image, sample, y = x[n : n + 1], samples[n : n + 1], torch.zeros_like(samples[:1])
-        radius = eps[n : n + 1] if isinstance(eps, Tensor) and eps.dim() else eps
+        this = slice(n, n + 1)
+        image, sample, radius, y = x[this], samples[this], of_samples(eps, this), torch.zeros_like(samples[:1])
         readout = plant(probe, image, radius, sample)
         if readout is None:
             continue

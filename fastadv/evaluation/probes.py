@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .. import checks, ops
 from ..attacks import PGD, fgsm
-from ..attacks.base import norms
 from ..attacks.draws import Draws
+from ..attacks.norms import norms
 from ..engine import Model, attacking
-from ..reference.step import Scalar, arithmetic, per_sample
+from ..reference.step import Scalar, arithmetic, of_samples, per_sample
 
 NOISE, NEARBY, SHARES = 1 << 20, 2 << 20, 4 << 20  # streams of draws; those of the starts are 0, 1, ...
 PHASES = ((1.0, 0.5), (0.25, 0.75), (0.0625, 1.0))  # of PGD: the length of a step in radii, and the share of steps by then
@@ -161,19 +161,24 @@ class Probe:
         """Batches of the tensors' rows; what has no rows is given to each."""
         for start in range(0, len(values[0]), self.batch_size):
             part = slice(start, start + self.batch_size)
-            yield tuple(v[part] if isinstance(v, Tensor) and v.dim() else v for v in values)
+            yield tuple(of_samples(v, part) for v in values)
+
+
+def device_of(model: Model, x: Tensor) -> torch.device:
+    """Where the model is; where x is, if it has no parameters."""
+    return next((p.device for p in model.parameters()), x.device) if isinstance(model, nn.Module) else x.device
+
+
+def evenly_spaced(number: int, of: int) -> Tensor:
+    """Numbers [min(number, of)] of so many of the samples."""
+    number = min(number, of)
+    return torch.arange(number) * of // max(number, 1)
 
 
 def surface(draws: Draws, step: int, x: Tensor, eps: Scalar, norm: str) -> Tensor:
     """Perturbations like x of length eps: corners of the linf ball, uniform on those of l2 and l1."""
-    shape, dtype = x.shape[1:], torch.promote_types(x.dtype, torch.float32)
-    if norm == "linf":
-        direction = draws.signs(step, *shape, dtype=dtype)
-    elif norm == "l2":
-        direction = draws.normal(step, *shape, dtype=dtype)
-    else:  # Laplace's, whose density is constant on l1 spheres
-        uniform = 1 - 2 * draws.uniform(step, *shape, dtype=dtype)
-        direction = uniform.sign() * -torch.log1p(-uniform.abs().clamp(max=1 - 2.0**-24))
+    draw = {"linf": draws.signs, "l2": draws.normal, "l1": draws.laplace}[norm]
+    direction = draw(step, *x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32))
     length = per_sample(norms(direction, norm), direction)
     return (direction / length * per_sample(eps, direction)).to(x.dtype)
 

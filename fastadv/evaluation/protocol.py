@@ -19,17 +19,18 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
 from .._version import __version__
 from ..attacks import APGD, APGDT, FAB, FABT, PGD, Attack, EoT, Square
-from ..attacks.base import norms
+from ..attacks.norms import norms
 from ..engine import Model, attacking, unwrap
 from ..machine import device_name
 from ..progress import progress_bar
 from .alarms import probabilities, sanity_checks, square_beats_white_box
 from .outcome import Evaluation, Row
+from .probes import device_of, evenly_spaced
 from .records import Record, Records, fingerprint, fingerprint_of
 
 VERSIONS = {
@@ -124,7 +125,7 @@ def evaluate(
         raise ValueError("data must hold at least one sample; got none")
     y = y.long()
     judge = unwrap(model)
-    device = torch.device(device) if device is not None else _device_of(judge, x)
+    device = torch.device(device) if device is not None else device_of(judge, x)
     if version == "rand":
         judge = EoT(judge, RUNS)
     attacks = _attacks(judge, version, eps, norm, bounds, seed, engine=engine, precision=precision, twin=twin)
@@ -154,7 +155,7 @@ def evaluate(
             protocol.run(attack_name, attack)
         found = protocol.evaluation(settings)
         if alarms:
-            chosen = torch.arange(n := min(len(x), ALARM_SAMPLES)) * len(x) // n
+            chosen = evenly_spaced(ALARM_SAMPLES, len(x))
             images, labels, standing = (t[chosen].to(device) for t in (x, y, protocol.robust))
             found.alarms = sanity_checks(
                 judge, images, labels, eps, norm, bounds, seed, surrogate, batch_size=batch_size, standing=standing
@@ -358,10 +359,6 @@ class _Processes:
         everyone: list[T] = [mine] * self.number
         dist.all_gather_object(everyone, mine, group=self._group)
         return everyone
-
-
-def _device_of(model: Model, x: Tensor) -> torch.device:
-    return next((p.device for p in model.parameters()), x.device) if isinstance(model, nn.Module) else x.device
 
 
 @contextlib.contextmanager

@@ -26,9 +26,17 @@ def arithmetic(t: Tensor) -> Tensor:
 
 def per_sample(value: Scalar, like: Tensor, dtype: torch.dtype | None = None) -> Scalar:
     """A per-sample tensor [N] shaped to broadcast over ``like`` [N, ...], in its dtype by default; a float as it is."""
-    if isinstance(value, Tensor):
-        return value.to(like.device, dtype or like.dtype).reshape(-1, *[1] * (like.dim() - 1))
-    return value
+    return spread(value.to(like.device, dtype or like.dtype), like) if isinstance(value, Tensor) else value
+
+
+def of_samples(value: Scalar, chosen: Tensor | slice) -> Scalar:
+    """The chosen samples' part of a per-sample tensor [N]; a number for all as it is."""
+    return value[chosen] if isinstance(value, Tensor) and value.dim() else value
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """Values of samples [N], shaped to broadcast over ``like`` [N, ...]."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def rows(t: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ def apgd_step(
     are rounded one by one, from left to right: never fused.
     """
     a, o, c = arithmetic(adv), arithmetic(old), arithmetic(x)
-    better, taken = (flag.reshape(-1, *[1] * (adv.dim() - 1)) for flag in (better, taken))
+    better, taken = spread(better, adv), spread(taken, adv)
     inertia = 1 - (momentum.double() if isinstance(momentum, Tensor) else momentum)
     z = linf_step(a, grad, c, alpha, eps, lo, hi)
     moved = a + per_sample(momentum, a) * (z - a) + per_sample(inertia, a) * (a - o)
