@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import pickle
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
+from ..processes import device as device_of
+from ..processes import processes
 from .curves import robustness_curves
 from .outcome import Evaluation
 from .protocol import evaluate
@@ -67,8 +67,8 @@ def run(
     _check_split(data, split)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)  # an impossible one fails here and not after the attacks
-    with _processes() as rank:
-        chosen = _device(device)
+    with processes() as rank:  # what goes between them are records, from the CPU
+        chosen = device_of(device)
         network = network.to(chosen).eval()
         _try(network, x[:1].to(chosen))
         found = evaluate(
@@ -268,35 +268,6 @@ def _from_robustbench(name: str) -> nn.Module:
     except (KeyError, ValueError) as error:
         raise ValueError(f"robustbench has no model {name}: {error}") from None
     return network
-
-
-# ------------------------------------------------------------------------------------------------------------------- machine
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER; got {name!r}") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: torch sees no GPU")
-        if device.index is None:  # one GPU for each process of torchrun
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
-
-
-@contextlib.contextmanager
-def _processes() -> Iterator[int]:
-    """The rank of this process, connected with the others that torchrun started; 0 where it is alone."""
-    if dist.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")  # what goes between them are records, from the CPU
-        try:
-            yield dist.get_rank()
-        finally:
-            dist.destroy_process_group()
-    else:
-        yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _try(network: nn.Module, sample: Tensor) -> None:

@@ -100,6 +100,21 @@ class Objective:
         """
         return self.forward(model, x, y, self.adversarial(model, x, y))
 
+    # What methods that remember something fill in. A training loop calls all four.
+
+    def observe(self, logits: Tensor | None, y: Tensor) -> None:
+        """Sees the clean logits of a batch. Calling the objective does it; a loop of the two halves calls it once a batch."""
+
+    def end_epoch(self) -> None:
+        """To be called after each epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, so that training resumes where it was."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+
     def __repr__(self) -> str:
         shown = {
             name: getattr(value, "__name__", None) or repr(value)

@@ -8,6 +8,7 @@ Tack et al., "Consistency Regularization for Adversarial Robustness", 2022.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -56,3 +57,15 @@ class Consistency(Objective):
             raise ValueError(f"{type(self.objective).__name__} runs no adversarial images to be consistent about")
         first, second = out.logits_adv.chunk(2)
         return replace(out, loss=out.loss + self.weight * consistency_loss(first, second, self.temperature))
+
+    def observe(self, logits: Tensor | None, y: Tensor) -> None:
+        self.objective.observe(logits, y)
+
+    def end_epoch(self) -> None:
+        self.objective.end_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.objective.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.objective.load_state_dict(state)

@@ -73,6 +73,21 @@ class FreeAT:
             x_adv = ops.linf_step(x_adv.detach(), x_adv.grad, x, self.alpha, self.eps, lo, hi)
             self._carried(x).copy_(x_adv - x)
 
+    def observe(self, logits: Tensor | None, y: Tensor) -> None:
+        """Nothing, as of most objectives."""
+
+    def end_epoch(self) -> None:
+        """Nothing, as of most objectives."""
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """The perturbation that the next batch starts from."""
+        return {"delta": self._delta}
+
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+        delta = state["delta"]
+        self._delta = None if delta is None else delta.clone()
+
     def _carried(self, x: Tensor) -> Tensor:
         """This batch's part of the perturbation, a view."""
         kept = self._delta
