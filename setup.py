@@ -148,9 +148,9 @@ if not can_compile():
     print("\n*** fastadv: no C++ compiler or no Python.h; installing without native kernels. ***\n", file=sys.stderr)
 
 setup(
-    packages=[*find_packages(include=["fastadv", "fastadv.*"]), "fastadv.kernels"],
-    package_dir={"fastadv.kernels": "kernels"},
-    package_data={"fastadv": ["py.typed"]},
+    packages=[*find_packages(include=["fastadv", "fastadv.*"]), "fastadv.kernels", "fastadv.recipes"],
+    package_dir={"fastadv.kernels": "kernels", "fastadv.recipes": "recipes"},
+    package_data={"fastadv": ["py.typed"], "fastadv.recipes": ["*.yaml"]},
     ext_modules=[Extension("fastadv._C", sources=[])] if can_compile() else [],
     cmdclass={"build_ext": NinjaBuild},
     zip_safe=False,

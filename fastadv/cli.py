@@ -1,4 +1,4 @@
-"""The command line: ``fastadv demo``, ``fastadv evaluate`` and ``fastadv info``."""
+"""The command line: ``fastadv demo``, ``fastadv train``, ``fastadv report``, ``fastadv evaluate`` and ``fastadv info``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from .engine import ENGINES
 from .machine import tune_allocator
 from .methods import METHODS
+from .processes import rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--quick", action="store_true", help="a few batches only: does everything run?")
     demo.add_argument("--method", default="pgd-at", choices=METHODS, metavar="NAME", help=f"how to train: {', '.join(METHODS)}")
     demo.add_argument("--awp", type=float, default=0.0, metavar="GAMMA", help="perturb the weights too, by this much (0.005)")
+    _add_train(commands.add_parser("train", help="train a model adversarially, by a config file or a recipe"))
+    report = commands.add_parser("report", help="a page of what became of a training run")
+    report.add_argument("folder", metavar="RUN_DIR", help="of fastadv train")
+    report.add_argument("--samples", type=int, default=1000, metavar="N", help="test images to attack (default: %(default)s)")
+    report.add_argument("--device", help="(default: a GPU where there is one)")
     _add_evaluate(commands.add_parser("evaluate", help="how robust a checkpoint is, by the attacks that publications use"))
     commands.add_parser("info", help="what was built, and which backend runs each op and why")
     chosen = parser.parse_args(arguments)
@@ -33,12 +39,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         tune_allocator()
         return run(chosen.out, chosen.quick, chosen.seed, chosen.method, chosen.awp)
+    if chosen.command == "train":
+        return _train(chosen)
+    if chosen.command == "report":
+        return _report(chosen)
     if chosen.command == "evaluate":
         return _evaluate(chosen, sys.argv[1:] if arguments is None else arguments)
     from .info import report
 
     print(report())
     return 0
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-c", "--config", required=True, metavar="CONFIG", help="a YAML file, or the name of a recipe")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="instead of the file's: schedule.lr=0.2")
+    add(
+        "--out", metavar="DIR", help="of weights, checkpoints and log, and to go on from (default: runs/ and the config's name)"
+    )
+    add(
+        "--resume",
+        default="auto",
+        choices=["auto", "never"],
+        help="go on with the run in DIR, or refuse (default: %(default)s)",
+    )
+    add("--device", help="(default: a GPU where there is one; under torchrun each process its own)")
+    add("--minutes", type=float, default=10.0, metavar="N", help="between checkpoints within an epoch (default: %(default)s)")
+    add("--cost", action="store_true", help="only say what the run costs, in floating-point operations")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +113,40 @@ def _evaluate(chosen: argparse.Namespace, typed: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. What was found is in {chosen.out}: the same command goes on from there.", file=sys.stderr)
         return 130
+    return 0
+
+
+def _train(chosen: argparse.Namespace) -> int:
+    try:
+        from .training import command
+    except ImportError as error:
+        print(f"fastadv train needs {error.name}: pip install 'fastadv[train]'", file=sys.stderr)
+        return 2
+    tune_allocator()
+    try:
+        if chosen.cost:
+            print(command.cost(command.load(chosen.config, chosen.set)))
+            return 0
+        folder = command.run(chosen.config, chosen.set, chosen.out, chosen.resume, chosen.device, chosen.minutes)
+    except (ValueError, OSError) as error:
+        print(f"fastadv train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+    if rank() == 0:
+        print(f"Weights: {folder / 'best.pt'}\nA page of the run: fastadv report {folder}")
+    return 0
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from .training import page
+
+    try:
+        print(f"Report: {page.write(chosen.folder, chosen.samples, chosen.device)}")
+    except (ValueError, OSError) as error:
+        print(f"fastadv report: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
