@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--method", default="pgd-at", choices=METHODS, metavar="NAME", help=f"how to train: {', '.join(METHODS)}")
     demo.add_argument("--awp", type=float, default=0.0, metavar="GAMMA", help="perturb the weights too, by this much (0.005)")
     _add_train(commands.add_parser("train", help="train a model adversarially, by a config file or a recipe"))
-    report = commands.add_parser("report", help="a page of what became of a training run")
-    report.add_argument("folder", metavar="RUN_DIR", help="of fastadv train")
-    report.add_argument("--samples", type=int, default=1000, metavar="N", help="test images to attack (default: %(default)s)")
-    report.add_argument("--device", help="(default: a GPU where there is one)")
+    folder = commands.add_parser("report", help="a page of what became of a training run")
+    folder.add_argument("folder", metavar="RUN_DIR", help="of fastadv train")
+    folder.add_argument("--samples", type=int, default=1000, metavar="N", help="test images to attack (default: %(default)s)")
+    folder.add_argument("--device", help="(default: a GPU where there is one)")
     _add_evaluate(commands.add_parser("evaluate", help="how robust a checkpoint is, by the attacks that publications use"))
     commands.add_parser("info", help="what was built, and which backend runs each op and why")
     chosen = parser.parse_args(arguments)
@@ -118,14 +118,14 @@ def _evaluate(chosen: argparse.Namespace, typed: Sequence[str]) -> int:
 
 def _train(chosen: argparse.Namespace) -> int:
     try:
-        from .training import command
+        from .training import command, config
     except ImportError as error:
         print(f"fastadv train needs {error.name}: pip install 'fastadv[train]'", file=sys.stderr)
         return 2
     tune_allocator()
     try:
         if chosen.cost:
-            print(command.cost(command.load(chosen.config, chosen.set)))
+            print(command.cost(config.load(chosen.config, chosen.set)))
             return 0
         folder = command.run(chosen.config, chosen.set, chosen.out, chosen.resume, chosen.device, chosen.minutes)
     except (ValueError, OSError) as error:

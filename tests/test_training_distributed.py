@@ -28,7 +28,8 @@ with processes.processes("gloo") as rank:
     trainer = build.trainer(config.check(held), out, device="cpu", minutes=minutes)
     trainer.fit()
     bits = lambda module: hashlib.sha256(b"".join(t.numpy().tobytes() for t in module.state_dict().values())).hexdigest()
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "efficiency")} for row in trainer.history]
+    speed = ("seconds", "images_per_second", "efficiency")
+    rows = [{k: v for k, v in row.items() if k not in speed} for row in trainer.history]
     seen = processes.gathered((bits(trainer.model), bits(trainer.average.module) if trainer.average else "", rows))
     if rank == 0:
         Path(out, "ranks.json").write_text(json.dumps(seen))

@@ -1,7 +1,7 @@
 """Checkpoints that are never half-written, and what to do when one is damaged all the same.
 
-A run's folder keeps the two last ones, ``checkpoints/000001234.pt`` by their step. Each is one file, moved into place when it is
-whole and on the disk, with a checksum. They hold tensors, numbers and text only, and are loaded with ``weights_only=True``.
+A run's folder keeps the two last ones, ``checkpoints/000001234.pt`` by their step. Each is one file with a checksum, moved into
+place when it is whole and on the disk. It holds tensors, numbers and text only, and is loaded with ``weights_only=True``.
 """
 
 from __future__ import annotations

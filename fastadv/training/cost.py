@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,8 @@ def passes(config: Config) -> float:
     return flops(step) / flops(lambda: model(x))
 
 
-class Known(NamedTuple):
+@dataclass(frozen=True)
+class Known:
     """A data set's training images."""
 
     count: int

@@ -142,7 +142,8 @@ class Trainer:
         self.max_steps, self.saved, self.passes = max_steps, saved or {}, passes
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        attack = attack_of(objective, unwrap(model))
+        self.bare: nn.Module = unwrap(model)  # type: ignore[assignment]  # without DistributedDataParallel
+        attack = attack_of(objective, self.bare)
         self._radius = (attack, getattr(attack, "eps", 0.0), getattr(attack, "alpha", None))
         self.epoch = self.step = self.batch = 0  # done so far; batch: of the epoch
         self.sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)  # of this epoch, and what they are divided by
@@ -191,12 +192,13 @@ class Trainer:
 
         def backward(loss: Tensor) -> None:
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss if share == 1 else loss * share).backward()
+            self.scaler.scale(loss if share == 1 else loss * share).backward()  # type: ignore[no-untyped-call]
 
         with self._autocast():
             for out in descents(self.objective, self.model, batch.x, batch.y, backward, self.awp):
                 self._update()
-        self._count(out, len(batch.x))
+                last = out  # of Free AT's replays
+        self._count(last, len(batch.x))
         self.step, self.batch, self._images = self.step + 1, self.batch + 1, self._images + batch.size
         if self.average is not None:
             self.average.update(self.step)
@@ -226,7 +228,7 @@ class Trainer:
         seconds, lr = time.monotonic() - self._started, self.optimizer.param_groups[0]["lr"]
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "lr": lr, **self._means(), **self._speed(seconds)}
         self.objective.end_epoch()
-        _agree_on_buffers(unwrap(self.model))
+        _agree_on_buffers(self.bare)
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums.zero_()
         if self.validation is not None and (
@@ -237,7 +239,7 @@ class Trainer:
         self._listen()
         bar.set_postfix_str(_shown(row))
         log.write(self.history, self.ringing)
-        self._write("last", unwrap(self.model))
+        self._write("last", self.bare)
         if not self._ended():
             self._checkpoint()
 
@@ -266,7 +268,7 @@ class Trainer:
     @functools.cached_property
     def _forward_seconds(self) -> float:
         """What a bare forward pass takes, per image of all processes: the measure of everything else."""
-        model, batch = unwrap(self.model), next(iter(self.batches.epoch(self.epoch)))
+        model, batch = self.bare, next(iter(self.batches.epoch(self.epoch)))
         seconds = []
         with attacking(model, "eval"), torch.no_grad(), self._autocast():
             for _ in range(4):
@@ -284,7 +286,7 @@ class Trainer:
     def _validate(self, epoch: int) -> dict[str, Any]:
         """Accuracies of the model and of its average; the best of each is kept as best.pt and best-average.pt."""
         assert self.validation is not None
-        candidates = {"": unwrap(self.model)} | ({} if self.average is None else {"average_": self.average.module})
+        candidates = {"": self.bare} | ({} if self.average is None else {"average_": self.average.module})
         row: dict[str, Any] = {}
         for prefix, model in candidates.items():
             found = {prefix + name: value for name, value in self.validation(model).items()}
@@ -346,7 +348,7 @@ class Trainer:
 
     def _parts(self) -> dict[str, Any]:
         parts = {
-            "model": unwrap(self.model), "optimizer": self.optimizer, "scaler": self.scaler, "objective": self.objective,
+            "model": self.bare, "optimizer": self.optimizer, "scaler": self.scaler, "objective": self.objective,
             "awp": self.awp, "average": self.average,
         }  # fmt: skip
         return {name: part for name, part in parts.items() if part is not None}

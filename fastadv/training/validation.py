@@ -74,18 +74,19 @@ class Validation:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Numbers, images and labels."""
-        for rows in torch.arange(len(self.images)).split(self.batch_size):
+        for rows in torch.split(torch.arange(len(self.images)), self.batch_size):
             x, y = self.images.take(rows), self.images.y[rows]
             yield self.numbers[rows].to(self.device), x.to(self.device).float() / 255, y.to(self.device)
 
 
 def _correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return (model(x).argmax(1) == y).sum()
+    logits: Tensor = model(x)
+    return (logits.argmax(1) == y).sum()
 
 
 def alarms(history: Sequence[Row]) -> dict[str, str]:
     """What is wrong with a training, by its epochs so far (the last one validated): name to a sentence."""
-    found = {}
+    found: dict[str, str] = {}
     rows = [row for row in history if row.get("robust") is not None]
     if not rows:
         return found
