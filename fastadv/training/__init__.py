@@ -1,0 +1,1 @@
+"""Training: data, schedules, checkpoints and the loop."""

@@ -1,0 +1,39 @@
+"""Parts that a configuration asks for by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def known(what: str, name: Any, table: Mapping[str, T]) -> T:
+    """``table[name]``, or an error with the nearest name."""
+    if isinstance(name, str) and name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name).lower(), table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{what} must be one of {', '.join(map(repr, table))}; got {name!r}{hint}")
+
+
+def called(what: str, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """``function(*arguments, **named)``, or an error that says which arguments there are."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*arguments, **named)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}; its arguments are {', '.join(signature.parameters) or 'none'}") from None
+    return function(*arguments, **named)
+
+
+def made(what: str, item: Any, table: Mapping[str, Callable[..., T]]) -> T:
+    """What an entry of a configuration stands for: ``name``, ``{name: argument}`` or ``{name: {argument: value}}``."""
+    if isinstance(item, Mapping) and len(item) == 1:
+        ((name, value),) = item.items()
+        arguments, named = ((), value) if isinstance(value, Mapping) else ((value,), {})
+    else:
+        name, arguments, named = item, (), {}
+    return called(f"{what} {name!r}", known(what, name, table), *arguments, **named)
