@@ -169,7 +169,7 @@ class Batches:
 
     def _with_partners(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Of each view all but the first, and what stands before each of these."""
-        t = t.view(self.views, -1, *t.shape[1:])
+        t = t.reshape(self.views, -1, *t.shape[1:])
         return t[:, 1:].flatten(0, 1), t[:, :-1].flatten(0, 1)
 
     def _draws(self, epoch: int, purpose: int, keys: Tensor) -> Draws:

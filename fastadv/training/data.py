@@ -143,25 +143,33 @@ def permutation(draws: Draws, step: int = 0) -> Tensor:
 
 def _images(x: Any, y: Any, classes: int | None, source: str, unknown: bool = False) -> Images:
     """Checked and brought to the one format: images may also be [N, H, W], [N, H, W, C] or floating in [0, 1]."""
-    from .formats import tensor
-
-    x, y = (t if isinstance(t, Tensor) else tensor(t) if hasattr(t, "dtype") else torch.as_tensor(t) for t in (x, y))
+    x, y = _tensor(x, source), _tensor(y, source)
     if x.dim() == 3:
         x = x[:, None]
     elif x.dim() == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.permute(0, 3, 1, 2)
-    if x.is_floating_point():
-        checks.images(x, 0.0, 1.0)
-        x = (x * 255).round().to(torch.uint8)
-    if y.is_floating_point() or y.dim() != 1:
-        raise ValueError(f"{source}: labels must be integers [N]; got {checks.describe(y)}")
-    least, most = (int(v) for v in y.aminmax()) if len(y) else (0, -1)
-    if least < -unknown or most >= (most + 1 if classes is None else classes):
-        raise ValueError(f"{source}: labels must lie from {-unknown} to {(classes or 0) - 1}; they span {least} to {most}")
     try:
+        if x.is_floating_point():
+            checks.images(x, 0.0, 1.0)
+            x = (x * 255).round().to(torch.uint8)
+        if y.is_floating_point() or y.dim() != 1:
+            raise ValueError(f"labels must be integers [N]; got {checks.describe(y)}")
+        least, most = (int(v) for v in y.aminmax()) if len(y) else (0, -1)
+        highest = most if classes is None else classes - 1
+        if least < -unknown or most > highest:
+            raise ValueError(f"labels must lie from {-unknown} to {highest}; they span {least} to {most}")
         return Images(x, y.long())
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def _tensor(value: Any, source: str) -> Tensor:
+    from .formats import tensor
+
+    try:
+        return value if isinstance(value, Tensor) else tensor(value) if hasattr(value, "dtype") else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{source} must hold arrays of numbers: {error}") from None
 
 
 def _missing(name: str, root: Path, files: str, where: str) -> ValueError:
@@ -209,7 +217,9 @@ def _cifar(root: Path, classes: int, names: list[str], python: str, binary: str,
         held = [unpickled(data, f"{name}'s {file}") for data, file in zip(files, names, strict=True)]
         if not all("data" in part and key in part for part in held):
             raise ValueError(f"every file of {python} must hold data and {key}")
-        parts = [(torch.as_tensor(part["data"]), torch.as_tensor(part[key])) for part in held]
+        parts = [(_tensor(part["data"], name), _tensor(part[key], name)) for part in held]
+        if any(x.dim() != 2 or x.shape[1] != 3072 for x, _ in parts):
+            raise ValueError(f"every file of {python} must hold data [N, 3072]")
     elif (files := members(root, binary, tars[1], [f"{file}.bin" for file in names])) is not None:
         if any(len(data) % (3072 + label_bytes) for data in files):
             raise ValueError(f"every file of {binary} must hold records of {3072 + label_bytes} bytes")

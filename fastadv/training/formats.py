@@ -93,7 +93,7 @@ class _Dtype:
 class _Array:
     """Stands for ``numpy.ndarray``: its numbers are read from bytes of the right length, and from nothing else."""
 
-    array: np.ndarray[Any, Any]
+    array: np.ndarray[Any, Any] = np.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
