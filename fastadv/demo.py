@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,10 @@ from . import checks, info, ops
 from .attacks import PGD, fgsm
 from .files import replacing
 from .methods import METHODS, Method
-from .objectives import GKL, Consistency, FreeAT, Objective, Output
+from .objectives import FreeAT, Objective
 from .progress import progress_bar
 from .report import Report, chart, finished, new_figure
+from .training.trainer import attack_of, descents
 from .weights import AWP
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def train_robust(
     steps = epochs * math.ceil(len(digits.y_train) / BATCH)
     optimizer, schedule = one_cycle_sgd(model, steps, method.lr)
     objective = method.objective(partial(PGD, model, 0.0, steps=TRAIN_STEPS, generator=generator))
-    awp = AWP(model, gamma) if gamma else None
+    attack, awp = attack_of(objective, model), AWP(model, gamma) if gamma else None
     hidden = torch.arange(len(digits.y_train)) >= method.labelled * len(digits.y_train)
     labels = digits.y_train.masked_fill(hidden, -1)
     step = 0
@@ -208,26 +209,18 @@ def train_robust(
             batches = shuffled_batches(digits.x_train, labels, generator, method.views)
             for x, y in batches:
                 eps = EPS * min(1.0, 2 * step / steps)
-                set_eps(objective, eps, method.alpha)
+                attack.eps = eps
+                if method.alpha is not None:
+                    attack.alpha = method.alpha * eps
                 losses.append(train_step(objective, awp, model, optimizer, x, y))
                 schedule.step()
                 step += 1
                 bar.update()
-            if isinstance(objective, GKL):
-                objective.end_epoch()
+            objective.end_epoch()
             history.append(watch(losses, model, digits, seed))
             bar.set_postfix_str(str(history[-1]))
             if method is METHODS["pgd-at"] and awp is None:
                 rounds.append(time_round(model, optimizer, batches, eps, seed, fastadv_first=len(rounds) % 2 == 0))
-
-
-def set_eps(objective: Objective | FreeAT, eps: float, alpha: float | None) -> None:
-    """Gives the method's attack this radius, and a step size relative to it."""
-    inner = objective.objective if isinstance(objective, Consistency) else objective
-    attack: Any = getattr(inner, "attack", None) or inner  # N-FGSM and Free AT hold theirs themselves
-    attack.eps = eps
-    if alpha is not None:
-        attack.alpha = alpha * eps
 
 
 def train_step(
@@ -235,27 +228,14 @@ def train_step(
 ) -> float:
     """One batch: one step of the optimiser, or as many as Free AT replays. Returns the last loss."""
 
-    def descend(out: Output) -> float:
+    def backward(loss: Tensor) -> None:
         optimizer.zero_grad()
-        out.loss.backward()  # type: ignore[no-untyped-call]
-        return float(out.loss.detach())
+        loss.backward()  # type: ignore[no-untyped-call]
 
-    if isinstance(objective, FreeAT):
-        for out in objective(model, x, y):
-            loss = descend(out)
-            optimizer.step()
-        return loss
-    if awp is None:
-        loss = descend(objective(model, x, y))
-    else:
-        x_adv = objective.adversarial(model, x, y)
-        with awp.perturb(lambda: objective.loss(model, x, y, x_adv)):
-            out = objective.forward(model, x, y, x_adv)
-            loss = descend(out)
-        if isinstance(objective, GKL):
-            objective.observe(out.logits, y)
-    optimizer.step()
-    return loss
+    for out in descents(objective, model, x, y, backward, awp):
+        optimizer.step()
+        loss = out.loss
+    return float(loss.detach())
 
 
 def one_cycle_sgd(model: nn.Module, steps: int, lr: float = 0.1) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR]:

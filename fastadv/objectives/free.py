@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
+from ..attacks.draws import Source
 from ..engine import Model
 from .base import Output, output
 from .labels import LabelLoss, checked, cross_entropy
@@ -73,11 +74,16 @@ class FreeAT:
             x_adv = ops.linf_step(x_adv.detach(), x_adv.grad, x, self.alpha, self.eps, lo, hi)
             self._carried(x).copy_(x_adv - x)
 
+    # What a training loop calls on every method, as fastadv.Objective has it.
+
+    def draw_from(self, source: Source) -> None:
+        """Nothing is drawn."""
+
     def observe(self, logits: Tensor | None, y: Tensor) -> None:
-        """Nothing, as of most objectives."""
+        """Nothing is remembered of logits."""
 
     def end_epoch(self) -> None:
-        """Nothing, as of most objectives."""
+        """Nothing changes with epochs."""
 
     def state_dict(self) -> dict[str, Tensor | None]:
         """The perturbation that the next batch starts from."""

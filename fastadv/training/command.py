@@ -67,7 +67,7 @@ def _check_same(folder: Path, chosen: Config) -> None:
 
 def cost(config: Config) -> str:
     """What a run costs, in a line."""
-    return f"{passes(config):.4g} forward passes an image and step, {petaflops(config):.4g} PFLOP in all"
+    return f"{passes(config)} forward passes an image and step, {petaflops(config):.4g} PFLOP in all"
 
 
 def config_of(folder: str | Path) -> Config:
