@@ -7,7 +7,7 @@ Attacks are in ``fastadv.attacks``, how they add up to a robust accuracy in ``fa
 each op must compute in ``fastadv.reference``.
 """
 
-from . import attacks, evaluation, functional, models, objectives, ops, reference
+from . import attacks, evaluation, functional, models, objectives, ops, reference, training
 from ._version import __version__
 from .attacks import *  # noqa: F403 - the attacks
 from .evaluation import Evaluation, evaluate
@@ -16,6 +16,7 @@ from .normalize import Normalize
 from .objectives import *  # noqa: F403 - the training methods
 from .ops import use_backend
 from .profiling import Profile, profile
+from .training import Trainer
 from .weights import AWP, RWP
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Evaluation",
     "Normalize",
     "Profile",
+    "Trainer",
     "__version__",
     "attacks",
     "evaluate",
@@ -34,6 +36,7 @@ __all__ = [
     "ops",
     "profile",
     "reference",
+    "training",
     "tune_allocator",
     "use_backend",
 ]
