@@ -77,9 +77,9 @@ void def_momentum(py::module_& m, const char* name) {
 template <auto kernel>
 void def_start(py::module_& m, const char* name) {
   m.def(name, [](uintptr_t out, uintptr_t x, int64_t samples, int64_t size, int dtype, double eps, double lo, double hi,
-                 uintptr_t radii, uint64_t seed, uintptr_t where) {
-    const StartArgs args{pointer<void>(out), pointer<void>(x), samples, size, DType(dtype), eps, lo, hi,
-                         pointer<double>(radii), seed};
+                 uintptr_t radii, int64_t seed, uintptr_t numbers, uint32_t step, uintptr_t where) {
+    const StartArgs args{pointer<void>(out),     pointer<void>(x), samples, size, DType(dtype), eps, lo, hi,
+                         pointer<double>(radii), uint64_t(seed),   pointer<int64_t>(numbers), step};
     call(kernel, args, where);
   });
 }

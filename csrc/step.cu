@@ -121,11 +121,12 @@ __global__ void __launch_bounds__(kStreamThreads) linf_start_kernel(StartArgs ar
   const int64_t counters = ceil_div(args.size, 4);
   const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
-    const LinfStart<T> f{T(args.radii ? args.radii[sample] : args.eps), T(args.lo), T(args.hi)};
+    const LinfStart<T> f{T(args.eps_of(sample)), T(args.lo), T(args.hi)};
+    const uint64_t number = args.number_of(sample);
     const S* x = static_cast<const S*>(args.x) + sample * args.size;
     S* out = static_cast<S*>(args.out) + sample * args.size;
     for (int64_t c = first; c < counters; c += stride) {
-      const Words w = philox(args.seed, uint32_t(c), uint32_t(c >> 32), uint32_t(sample), uint32_t(sample >> 32));
+      const Words w = philox(args.seed, uint32_t(c), uint32_t(c >> 32) + args.step, uint32_t(number), uint32_t(number >> 32));
       if (vectorised) {
         const auto from = reinterpret_cast<const Pack<S, 4>*>(x)[c];
         Pack<S, 4> to;

@@ -71,6 +71,11 @@ struct StartArgs {
   double eps, lo, hi;
   const double* radii;  // [samples] or null: replaces eps sample by sample
   uint64_t seed;
+  const int64_t* numbers;  // [samples] or null: replaces a sample's place in the batch
+  uint32_t step;
+
+  FASTADV_FN double eps_of(int64_t sample) const { return radii ? radii[sample] : eps; }
+  FASTADV_FN uint64_t number_of(int64_t sample) const { return uint64_t(numbers ? numbers[sample] : sample); }
 };
 
 void linf_step_cpu(const StepArgs& args, int threads);
@@ -79,7 +84,8 @@ void l1_step_cpu(const StepArgs& args, int threads);
 void apgd_step_cpu(const ApgdArgs& args, int threads);
 void momentum_step_cpu(const MomentumArgs& args, int threads);
 
-// A uniform start in the linf ball: element e of sample i takes word e % 4 of the Philox counter (e / 4, i) under the seed.
+// A uniform start in the linf ball: element e of a sample takes word e % 4 of the Philox counter (e / 4, its number) under the
+// seed; to the second of the counter's four words, which is 0 but in samples of 2^34 elements, the step is added modulo 2^32.
 void linf_start_cpu(const StartArgs& args, int threads);
 
 // The shortest d with <w, d> = gap and lo <= x + d <= hi, in one norm; point i takes plane i % planes.

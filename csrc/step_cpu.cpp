@@ -85,13 +85,13 @@ FASTADV_MULTIVERSION void start(const StartArgs& args, int64_t sample, int64_t b
   alignas(64) uint32_t words[4 * kCounters];
   S* out = static_cast<S*>(args.out) + sample * args.size;
   const S* x = static_cast<const S*>(args.x) + sample * args.size;
-  const uint64_t seed = args.seed, index = uint64_t(sample);
+  const uint64_t seed = args.seed, number = args.number_of(sample);
   for (int64_t block = begin; block < end; block += 4 * kCounters) {
     const uint64_t first = uint64_t(block / 4);  // a multiple of kCounters: its low word does not overflow below
-    const uint32_t low = uint32_t(first), high = uint32_t(first >> 32);
+    const uint32_t low = uint32_t(first), high = uint32_t(first >> 32) + args.step;
 #pragma omp simd
     for (int k = 0; k < kCounters; ++k) {
-      const Words w = philox(seed, low + uint32_t(k), high, uint32_t(index), uint32_t(index >> 32));
+      const Words w = philox(seed, low + uint32_t(k), high, uint32_t(number), uint32_t(number >> 32));
       words[4 * k] = w.word[0];
       words[4 * k + 1] = w.word[1];
       words[4 * k + 2] = w.word[2];
@@ -320,7 +320,7 @@ void linf_start_cpu(const StartArgs& args, int threads) {
     parallel_chunks(args.samples * pieces, rows_per_chunk(std::min(args.size, kGrain)), threads, [&](int64_t from, int64_t to) {
       for (int64_t piece = from; piece < to; ++piece) {
         const int64_t sample = piece / pieces, begin = piece % pieces * kGrain;
-        const LinfStart<T> f{T(args.radii ? args.radii[sample] : args.eps), T(args.lo), T(args.hi)};
+        const LinfStart<T> f{T(args.eps_of(sample)), T(args.lo), T(args.hi)};
         start<S>(args, sample, begin, std::min(begin + kGrain, args.size), f);
       }
     });

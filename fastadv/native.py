@@ -171,13 +171,13 @@ def _launch_momentum(
     )  # fmt: skip
 
 
-def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int) -> None:
+def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int, samples: Tensor | None, step: int) -> None:
     target, x = alike(out, x)
     eps, radii = float64_per_sample(eps, x)
-    samples = x.shape[0]
+    numbers, count = _int64(samples), x.shape[0]
     _launch(
-        "linf_start", x, target.data_ptr(), x.data_ptr(), samples, x.numel() // samples if samples else 0,
-        _DTYPES[x.dtype], eps, lo, hi, _address(radii), seed,
+        "linf_start", x, target.data_ptr(), x.data_ptr(), count, x.numel() // count if count else 0,
+        _DTYPES[x.dtype], eps, lo, hi, _address(radii), seed, _address(numbers), step,
     )  # fmt: skip
     if target is not out:
         out.copy_(target)

@@ -423,7 +423,15 @@ def _check_like(op: str, name: str, model: Tensor, **others: Tensor) -> None:
 
 
 def linf_start(
-    x: Tensor, eps: Scalar, lo: float = -math.inf, hi: float = math.inf, seed: int = 0, *, out: Tensor | None = None
+    x: Tensor,
+    eps: Scalar,
+    lo: float = -math.inf,
+    hi: float = math.inf,
+    seed: int = 0,
+    samples: Tensor | None = None,
+    step: int = 0,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A uniform random start in the linf ball and the box: ``clamp(x + eps u, lo, hi)``, u uniform in [-1, 1).
 
@@ -431,23 +439,32 @@ def linf_start(
         x: [N, ...], floating. Not differentiable.
         eps: radius in units of x, float or [N].
         lo, hi: bounds of every element.
-        seed: of the counter-based generator (Philox-4x32-10), in [0, 2^63). What a sample draws depends on the seed and
-            its place in the batch alone, not on the device, the number of threads or the samples beside it.
-        out: tensor like x to write into; default: a new one.
+        seed: of the counter-based generator (Philox-4x32-10), in [0, 2^64).
+        samples: the number of each sample, int64 [N] on x's device; default: its place in the batch. What a sample draws
+            depends on seed, step and number alone, not on the device, the number of threads or the samples beside it.
+        step: a sample's draws of different steps, in [0, 2^32), are independent.
+        out: tensor like x to write into, or x itself; default: a new one.
 
     Raises:
-        ValueError: x is not floating [N, ...], eps is negative or not per sample, out is not like x, or seed out of range.
+        ValueError: x is not floating [N, ...], eps is negative or not per sample, samples is not as described, out is not
+            like x, or seed or step out of range.
     """
-    _check_step("linf_start", out, x, x, x, 0.0, eps)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"linf_start: seed must be in [0, 2^63); got {seed}")
+    op = "linf_start"
+    _check_step(op, out, x, x, x, 0.0, eps)
+    if samples is not None and (samples.shape != x.shape[:1] or samples.dtype != torch.int64 or samples.device != x.device):
+        raise ValueError(f"{op}: samples must be int64 [{len(x)}] on {x.device}; got {describe(samples)}")
+    for name, word, bits in (("seed", seed, 64), ("step", step, 32)):
+        if not 0 <= word < 2**bits:
+            raise ValueError(f"{op}: {name} must be in [0, 2^{bits}); got {word}")
+    if seed >= 2**63:
+        seed -= 2**64  # the same bits, as the signed integer that schema and kernels take
     if _through_dispatcher(x):
         value, radii = (0.0, eps) if isinstance(eps, Tensor) else (eps, None)
-        started: Tensor = torch.ops.fastadv.linf_start(x.detach(), value, lo, hi, seed, radii)
+        started: Tensor = torch.ops.fastadv.linf_start(x.detach(), value, lo, hi, seed, samples, step, radii)
         return started if out is None else out.copy_(started)
     if out is None:
         out = torch.empty_like(x)
-    _implementation_for("linf_start", x)(out, x, eps, lo, hi, seed)
+    _implementation_for(op, x)(out, x, eps, lo, hi, seed, samples, step)
     _written(out)
     return out
 
@@ -813,12 +830,16 @@ def _register_update(op: str, tensors: str, scalars: Sequence[str], rest: str) -
 
 
 def _register_start(op: str) -> None:
-    def kernel(x: Tensor, eps: float, lo: float, hi: float, seed: int, radii: Tensor | None) -> Tensor:
+    def kernel(
+        x: Tensor, eps: float, lo: float, hi: float, seed: int, samples: Tensor | None, step: int, radii: Tensor | None
+    ) -> Tensor:
         out = torch.empty_like(x)
-        _implementation_for(op, x)(out, x, eps if radii is None else radii, lo, hi, seed)
+        _implementation_for(op, x)(out, x, eps if radii is None else radii, lo, hi, seed, samples, step)
         return out
 
-    schema = f"{op}(Tensor x, float eps, float lo, float hi, int seed, Tensor? radii) -> Tensor"
+    schema = (  # SymInt: another seed or step compiles nothing anew
+        f"{op}(Tensor x, float eps, float lo, float hi, SymInt seed, Tensor? samples, SymInt step, Tensor? radii) -> Tensor"
+    )
     _register(schema, kernel, lambda x, *_: torch.empty_like(x))
 
 

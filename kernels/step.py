@@ -96,19 +96,23 @@ def linf_step_kernel(
     tl.store(p_out + o, b.to(p_out.dtype.element_ty), mask=m)
 
 
-# The seed differs from call to call: specialising on its value would compile the kernel again.
-@triton.jit(do_not_specialize=["seed"])
+# Seed and step differ from call to call: specialising on their values would compile the kernel again.
+@triton.jit(do_not_specialize=["seed", "step"])
 def linf_start_kernel(
-    p_out, p_x, p_radii, eps: tl.float64, lo: tl.float64, hi: tl.float64, seed: tl.int64, size,
+    p_out, p_x, p_radii, p_numbers, eps: tl.float64, lo: tl.float64, hi: tl.float64, seed: tl.int64, step: tl.int64, size,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_sample, i_block = place(size, BLOCK)
     eps = scalar(eps, p_radii, i_sample, ACC)
     lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
     o_counter = i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    o_sample = tl.zeros([BLOCK // 4], tl.int64) + i_sample
+    o_number = tl.zeros([BLOCK // 4], tl.int64) + scalar(i_sample, p_numbers, i_sample, tl.int64)
     b_0, b_1, b_2, b_3 = tl.philox(
-        seed, o_counter.to(tl.uint32), (o_counter >> 32).to(tl.uint32), o_sample.to(tl.uint32), (o_sample >> 32).to(tl.uint32)
+        seed,
+        o_counter.to(tl.uint32),
+        ((o_counter >> 32) + step).to(tl.uint32),
+        o_number.to(tl.uint32),
+        (o_number >> 32).to(tl.uint32),
     )
     b_word = tl.interleave(tl.interleave(b_0, b_2), tl.interleave(b_1, b_3))  # 0 1 2 3 of each counter in turn
     b_u = ((b_word >> 8).to(tl.int32) - 8388608).to(ACC) * (1.0 / 8388608)  # [-1, 1) in steps of 2^-23
@@ -519,7 +523,7 @@ def momentum_step(
     copy_back((adv, velocity), memory[:2])
 
 
-def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int) -> None:
+def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int, samples: Tensor | None, step: int) -> None:
     """Writes a random start into ``out``; arguments as :func:`fastadv.ops.linf_start`."""
     target, x = alike(out, x)
     eps, radii = float64_per_sample(eps, x)
@@ -527,7 +531,7 @@ def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: 
         size = x.numel() // x.shape[0]
         with device_of(x):
             linf_start_kernel[(x.shape[0] * triton.cdiv(size, STREAM_BLOCK),)](
-                target, x, radii, eps, lo, hi, seed, size,
+                target, x, radii, None if samples is None else samples.contiguous(), eps, lo, hi, seed, step, size,
                 ACC=arithmetic(x), BLOCK=STREAM_BLOCK, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     if target is not out:

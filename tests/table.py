@@ -102,6 +102,11 @@ def step_inputs(shape: tuple[int, ...], dtype: torch.dtype, grad_dtype: torch.dt
     return adv.to(dtype), grad.to(grad_dtype), x.to(dtype)
 
 
+def sample_numbers(count: int) -> Tensor:
+    """[count] in falling order, all but the last beyond 32 bits; a view of a larger tensor."""
+    return arrange(torch.arange(count).flip(0) * 0x123456789ABC, "strided")
+
+
 def update_inputs(
     op: str, shape: tuple[int, ...], dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:

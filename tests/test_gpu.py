@@ -23,6 +23,7 @@ from table import (
     layouts,
     logits_and_labels,
     name,
+    sample_numbers,
     step_inputs,
     update_inputs,
 )
@@ -151,10 +152,13 @@ def test_nan_infinite_and_zero_gradients(backend, op):
 
 
 def check_start(dtype: torch.dtype, shape: tuple[int, ...], scalars: str, layout: str) -> None:
-    x, seed = step_inputs(shape, dtype, dtype)[2], 2**63 - 12345
-    eps = 0.3 if scalars == "shared" else torch.linspace(0, 0.5, len(x), dtype=torch.float64)
-    result = ops.linf_start(on_gpu(x, layout), eps, 0.0, 1.0, seed)
-    expected = reference.step.linf_start(arrange(x.double(), layout), eps, 0.0, 1.0, seed)
+    x, seed = step_inputs(shape, dtype, dtype)[2], 2**64 - 12345
+    eps, numbers, step = 0.3, None, 0
+    if scalars == "per_sample":
+        eps, numbers, step = torch.linspace(0, 0.5, len(x), dtype=torch.float64), sample_numbers(len(x)), 2**32 - 3
+    on_device = None if numbers is None else on_gpu(numbers, "strided")
+    result = ops.linf_start(on_gpu(x, layout), eps, 0.0, 1.0, seed, on_device, step)
+    expected = reference.step.linf_start(arrange(x.double(), layout), eps, 0.0, 1.0, seed, numbers, step)
     assert result.dtype == dtype
     torch.testing.assert_close(result.double().cpu(), expected, rtol=ROUNDING[dtype] / 2, atol=ROUNDING[dtype] / 10)
 
@@ -352,7 +356,9 @@ def draw(op: str, seed: int, huge: bool = False) -> list[Tensor]:
     alpha, eps = sizes("linf_step" if op == "linf_start" else op, shape)
     factor = 0.5 + torch.rand(2, shape[0], dtype=torch.float64, generator=generator)
     scalars = [(alpha * factor[0]), (eps * factor[1]).float()]
-    return [t.cuda() for t in ([x, scalars[1]] if op == "linf_start" else [x + 0.1 * noise, grad, x, *scalars])]
+    if op == "linf_start":
+        return [t.cuda() for t in (x, scalars[1], sample_numbers(len(x)) + seed)]
+    return [t.cuda() for t in (x + 0.1 * noise, grad, x, *scalars)]
 
 
 def call(op: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -370,7 +376,8 @@ def call(op: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         getattr(ops, f"{op}_")(*written, *inputs[count : count + 5], 0.0, 1.0, *inputs[count + 5 :])
         return tuple(written)
     if op in ops.STARTS:
-        return (ops.linf_start(*inputs, 0.0, 1.0, 99),)
+        x, eps, numbers = inputs
+        return (ops.linf_start(x, eps, 0.0, 1.0, 99, numbers, 3),)
     return getattr(ops, op.split()[0])(*inputs)
 
 

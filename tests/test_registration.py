@@ -43,9 +43,10 @@ def test_opcheck_updates(op, per_sample):
     opcheck(getattr(torch.ops.fastadv, f"{op}_").default, (*written, grad, x, *UPDATE_SCALARS, 0.0, 1.0, *flags, *scalars))
 
 
-@pytest.mark.parametrize("radii", [None, torch.rand(4)], ids=["shared", "per_sample"])
-def test_opcheck_start(radii):
-    opcheck(torch.ops.fastadv.linf_start.default, (torch.rand(4, 3, 5, 5), 0.1, 0.0, 1.0, 9, radii))
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per_sample"])
+def test_opcheck_start(per_sample):
+    numbers, radii = (torch.arange(4) + 2**40, torch.rand(4)) if per_sample else (None, None)
+    opcheck(torch.ops.fastadv.linf_start.default, (torch.rand(4, 3, 5, 5), 0.1, 0.0, 1.0, -9, numbers, 7, radii))
 
 
 @pytest.mark.parametrize("op", LABEL_LOSSES)
@@ -114,6 +115,24 @@ def test_whole_step_compiles_without_graph_breaks():
         results.append((image, moved, loss.detach(), dlogits, *torch.autograd.grad(loss, (leaf, w))))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=0, atol=0)
+
+
+def test_other_seeds_and_steps_compile_nothing_anew():
+    x, numbers, graphs = torch.rand(4, 3, 5, 5), torch.arange(4) + 2**40, []
+
+    def start(x, numbers, seed, step):
+        return ops.linf_start(x, 0.1, 0.0, 1.0, seed, numbers, step) + 1
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(start, fullgraph=True, backend=backend)
+    for seed, step in ((5, 2), (6, 3), (7, 2**32 - 1), (2**63 - 1, 4), (2**62, 5)):
+        assert torch.equal(compiled(x, numbers, seed, step), start(x, numbers, seed, step))
+    assert len(graphs) <= 2  # of constants, and of any
+    for seed in (2**63, 2**64 - 1):
+        assert torch.equal(compiled(x, numbers, seed, 6), start(x, numbers, seed, 6))
 
 
 @pytest.mark.parametrize("op", ops.STEPS)

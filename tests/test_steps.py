@@ -18,6 +18,7 @@ from table import (
     layouts,
     name,
     need_backend,
+    sample_numbers,
     step_inputs,
     update_inputs,
 )
@@ -320,13 +321,45 @@ START_CASES = [
 @pytest.mark.parametrize(("backend", "dtype", "shape", "layout", "scalars"), START_CASES)
 def test_every_backend_starts_as_the_reference(backend, dtype, shape, layout, scalars):
     x = arrange(step_inputs(SHAPES[shape], dtype, dtype)[2], layout)
-    eps = 0.3 if scalars == "shared" else torch.linspace(0, 0.5, len(x), dtype=torch.float64)
-    result = run("linf_start", backend, x, eps, 0.0, 1.0, 2**63 - 12345)
-    expected = reference.linf_start(x.double(), eps, 0.0, 1.0, 2**63 - 12345)
+    eps, more = 0.3, []
+    if scalars == "per_sample":
+        eps, more = torch.linspace(0, 0.5, len(x), dtype=torch.float64), [sample_numbers(len(x)), 2**32 - 3]
+    result = run("linf_start", backend, x, eps, 0.0, 1.0, 2**64 - 12345, *more)
+    expected = reference.linf_start(x.double(), eps, 0.0, 1.0, 2**64 - 12345, *more)
     assert result.dtype == dtype
     if layout != "strided":
         assert result.stride() == x.stride()
     torch.testing.assert_close(result.double(), expected, rtol=ROUNDING[dtype] / 2, atol=ROUNDING[dtype] / 10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_what_a_sample_draws_is_of_seed_step_and_number(backend, layout):
+    """Bit for bit, with radii whose products are exact: word by word from the counters, and in any batch."""
+    x, numbers = arrange(torch.full((5, 3, 4, 3), 0.5), layout), sample_numbers(5)
+    eps, step = 2.0 ** -torch.arange(1, 6), 2**32 - 2
+
+    def start(rows, *more, eps=eps):
+        return run("linf_start", backend, x[rows], eps[rows], 0.0, 1.0, 2**64 - 7, *more)
+
+    whole = start(slice(None), numbers, step)
+    assert whole.stride() == x.stride()
+    e, number = torch.arange(36).expand(5, -1), numbers[:, None].expand(-1, 36)
+    words = reference.philox(2**64 - 7, e // 4, torch.full_like(e, step), number & 0xFFFFFFFF, number >> 32)
+    word = torch.stack(words, -1).gather(-1, (e % 4)[..., None])[..., 0]
+    in_memory = whole if layout == "contiguous" else whole.movedim(1, -1)
+    assert torch.equal(in_memory.flatten(1), 0.5 + eps[:, None] * ((word >> 8) - 2**23) / 2**23)
+
+    some = torch.tensor([4, 0, 3])
+    assert torch.equal(start(some, numbers[some], step), whole[some])
+    assert torch.equal(start(slice(1, 2), numbers[1:2], step), whole[1:2])
+    plain = start(slice(None))
+    assert torch.equal(start(slice(None), torch.arange(5), 0), plain)
+    for other in (start(slice(None), numbers, step + 1), start(slice(None), torch.arange(5), 1), plain):
+        assert not (other == whole).flatten(1).any(1).all()
+    place = x.clone(memory_format=torch.preserve_format)
+    assert run("linf_start", backend, place, eps, 0.0, 1.0, 2**64 - 7, numbers, step, out=place) is place
+    assert torch.equal(place, whole)
 
 
 def test_philox_known_answers():
@@ -366,13 +399,28 @@ def test_start_does_not_depend_on_the_number_of_threads():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+BALL = (torch.rand(2, 3), 0.1, 0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((torch.rand(2, 3), -0.1), "eps must be >= 0"),
         ((torch.rand(2, 3).long(), 0.1), "floating dtype"),
         ((torch.rand(2, 3), torch.ones(3)), r"eps must be a float or have shape \[2\]"),
-        ((torch.rand(2, 3), 0.1, 0.0, 1.0, -1), r"seed must be in \[0, 2\^63\); got -1"),
+        ((*BALL, -1), r"seed must be in \[0, 2\^64\); got -1"),
+        ((*BALL, 2**64), r"seed must be in \[0, 2\^64\); got 18446744073709551616"),
+        ((*BALL, 0, torch.arange(3)), r"samples must be int64 \[2\] on cpu; got \[3\] torch.int64"),
+        (
+            (*BALL, 0, torch.arange(2).int()),
+            r"samples must be int64 \[2\] on cpu; got \[2\] torch.int32",
+        ),
+        (
+            (*BALL, 0, torch.arange(2, device="meta")),
+            r"samples must be int64 \[2\] on cpu; got .* on meta",
+        ),
+        ((*BALL, 0, None, -1), r"step must be in \[0, 2\^32\); got -1"),
+        ((*BALL, 0, None, 2**32), r"step must be in \[0, 2\^32\); got 4294967296"),
     ],
 )
 def test_bad_starts_are_refused(arguments, message):

@@ -117,7 +117,8 @@ def call(op: str, types: str, size: int) -> None:
     elif op == "momentum_step":
         OPS[op](t, t, empty(rest[0], 16, size), t, eps, eps, eps, 0.0, 1.0)
     elif op == "linf_start":
-        OPS[op](t, t, eps, 0.0, 1.0, 12345)
+        numbers = empty("i64", 16) if "per_sample" in rest else None
+        OPS[op](t, t, eps, 0.0, 1.0, 12345, numbers, 1)
     elif op.endswith("step"):
         OPS[op](t, t, empty(rest[0], 16, size), t, eps, eps, 0.0, 1.0, *[0.02] * (op == "l1_step"))
     else:

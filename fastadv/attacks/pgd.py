@@ -20,6 +20,7 @@ from ..engine import BN_MODES, Engine, Losses, Model, Passes, Stats, attacking, 
 from ..reference.loss import classes_of
 from ..reference.step import Scalar, per_sample, spread
 from .base import AttackInfo
+from .draws import LENGTHS, Source, check_source, normal_like, uniform_like, uniform_start
 from .losses import DIVERGENCES, LABEL_LOSSES, AttackLoss, CustomLoss
 from .search import Search, drive
 
@@ -58,7 +59,8 @@ class PGD:
         early_stop: a sample stops with the first image that fools the model, and the attack ends when all have one. Implies
             keep_best; waits for the device at each step. Under bn "eval" and a loss by name the others go on in smaller
             batches.
-        generator: source of the random start; default: torch's global one.
+        generator: source of the random starts: a torch.Generator, None for torch's global one, or
+            :class:`fastadv.attacks.draws.Draws`, by which each sample starts where it would in any batch, and in each call.
         engine: "eager"; "compile": forward, loss and backward as one compiled graph (torch.compile; minutes for a large model,
             once a shape), replayed as a CUDA graph on a GPU; "graph": the step recorded as a CUDA graph and replayed, the same
             bits with one launch; "auto": measures these and memory layouts once for each model and shape and remembers the
@@ -93,7 +95,7 @@ class PGD:
         bounds: tuple[float, float] | None = (0.0, 1.0),
         keep_best: bool = False,
         early_stop: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Source = None,
         engine: str = "eager",
         precision: str = "fp32",
         twin: bool = False,
@@ -110,7 +112,7 @@ class PGD:
         if not isinstance(init, Tensor):
             checks.one_of("init", init, INITS)
         if generator is not None and not isinstance(getattr(generator, "device", None), torch.device):
-            raise ValueError(f"generator must be a torch.Generator or None; got {type(generator).__name__}")
+            raise ValueError(f"generator must be a torch.Generator, Draws or None; got {type(generator).__name__}")
         if isinstance(loss, str) and loss in DIVERGENCES:
             if isinstance(init, str) and init == "zero":
                 raise ValueError(f"init='zero' starts loss={loss!r} at its minimum, where its gradient is zero; use 'normal'")
@@ -219,8 +221,8 @@ class PGD:
         loop.zero_grad, loop.nan_grad = torch.zeros(2, len(x), dtype=torch.bool, device=x.device)
 
         exact = True
-        for _ in range(self.restarts):
-            loop.adv = self._start(centre, lo, hi, may_be_returned=tracking)
+        for restart in range(self.restarts):
+            loop.adv = self._start(centre, lo, hi, restart, may_be_returned=tracking)
             passed, as_the_model = drive(self._engine, loop, model, self.steps, self.early_stop, self._shrinks())
             forwards, exact = forwards + passed, exact and as_the_model
             if self.early_stop and bool(loop.fooled.all()):
@@ -238,22 +240,22 @@ class PGD:
         """Whether the fooled may leave the batch: batch statistics, and perhaps the user's loss, couple them to the others."""
         return self.early_stop and self.bn == "eval" and isinstance(self.loss, str)
 
-    def _start(self, x: Tensor, lo: float, hi: float, may_be_returned: bool) -> Tensor:
+    def _start(self, x: Tensor, lo: float, hi: float, restart: int, may_be_returned: bool) -> Tensor:
         """The first image of a restart, a new tensor, in ball and box; but "normal" only if it may be returned, as TRADES."""
         if self.init == "zero":
             return x.clone()
         if isinstance(self.init, Tensor):
             adv = x.clone().copy_(self.init.detach())
         elif self.init == "normal":
-            adv = torch.empty_like(x).normal_(std=NORMAL_SCALE, generator=self.generator).add_(x)
+            adv = normal_like(x, self.generator, restart, NORMAL_SCALE).add_(x)
             if not may_be_returned:
                 return adv
         elif self.norm == "linf":
-            return uniform_start(x, self.eps, lo, hi, self.generator)
+            return uniform_start(x, self.eps, lo, hi, self.generator, restart)
         else:  # a uniform direction and a uniform length
-            noise, dims = torch.empty_like(x).normal_(generator=self.generator), tuple(range(1, x.dim()))
+            noise, dims = normal_like(x, self.generator, restart), tuple(range(1, x.dim()))
             size = torch.linalg.vector_norm(noise, int(self.norm[1]), dim=dims, keepdim=True)
-            length = torch.empty_like(size).uniform_(generator=self.generator) * per_sample(self.eps, x)
+            length = uniform_like(size, self.generator, LENGTHS + restart) * per_sample(self.eps, x)
             return noise.mul_(length / size).add_(x).clamp_(lo, hi)
         return STEPS[self.norm](adv, adv, x, 0.0, self.eps, lo, hi)  # a step of length 0 is the projection
 
@@ -281,16 +283,7 @@ class PGD:
                 )
             if not bool(self.init.isfinite().all()):
                 raise ValueError("init must be finite; it holds NaN or inf")
-        if self.generator is not None and self.generator.device.type != x.device.type:
-            raise ValueError(f"generator must be on {x.device.type} like x; got one on {self.generator.device}")
-
-
-def uniform_start(x: Tensor, eps: Scalar, lo: float, hi: float, generator: torch.Generator | None) -> Tensor:
-    """:func:`fastadv.ops.linf_start` by a seed from ``generator``, which is on x's device; None: torch's global one."""
-    # Drawn on the CPU where it may be: reading it from a GPU would wait for all that is queued there.
-    device = "cpu" if generator is None else x.device
-    seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
-    return ops.linf_start(x, eps, lo, hi, int(seed))
+        check_source(self.generator, x)
 
 
 @dataclass
@@ -365,7 +358,7 @@ def pgd(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     keep_best: bool = False,
     early_stop: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     precision: str = "fp32",
     memory: str = "normal",
 ) -> Tensor:
@@ -393,7 +386,7 @@ def fgsm(
     bn: str = "eval",
     targeted: bool = False,
     bounds: tuple[float, float] | None = (0.0, 1.0),
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """One step of length ``alpha`` (default ``eps``), by default from x itself (Goodfellow et al., 2015).
 

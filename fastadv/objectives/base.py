@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import checks
 from ..attacks import PGD
+from ..attacks.draws import Source
 from ..engine import Model, attacking, unwrap
 from ..reference.loss import classes_of
 
@@ -60,6 +61,8 @@ class Objective:
             message = f"this attack ascends 'ce', where {name}'s ascends {shown}: {name}.paper_attack(model, eps=...) does"
             warnings.warn(message, stacklevel=3)
         self.attack = attack
+        self._source: Source = None
+        self._paper_attack: PGD | None = None
 
     @classmethod
     def paper_attack(cls, model: Model, **changes: Any) -> PGD:
@@ -70,10 +73,17 @@ class Objective:
         """The attack: the given one, else the paper's on ``model``, kept until another model comes."""
         if self.attack is not None:
             return self.attack
-        kept: PGD | None = getattr(self, "_paper_attack", None)
-        if kept is None or kept.model is not model:
-            kept = self._paper_attack = self.paper_attack(model)
-        return kept
+        if self._paper_attack is None or self._paper_attack.model is not model:
+            self._paper_attack = self.paper_attack(model, generator=self._source)
+        return self._paper_attack
+
+    def draw_from(self, source: Source) -> None:
+        """Sets where all that the objective draws comes from, its attack's starts included: as the ``generator`` of
+        :class:`fastadv.PGD`."""
+        self._source = source
+        for attack in (self.attack, self._paper_attack):
+            if attack is not None:
+                attack.generator = source
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         """The inner maximisation: adversarial images like x, detached. The model is left as :class:`fastadv.PGD` does."""

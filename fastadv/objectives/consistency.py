@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import checks
+from ..attacks.draws import Source
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import Objective, Output
@@ -45,6 +46,9 @@ class Consistency(Objective):
             raise ValueError(f"objective must be a fastadv objective; got {type(objective).__name__}")
         self.objective, self.weight = objective, checks.number("weight", weight)
         self.temperature = checks.number("temperature", temperature, positive=True)
+
+    def draw_from(self, source: Source) -> None:
+        self.objective.draw_from(source)
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         if len(x) % 2:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..attacks import PGD
-from ..attacks.pgd import uniform_start
+from ..attacks.draws import Source, check_source, uniform_start
 from ..engine import BN_MODES, Model, attacking, unwrap
 from ..reference.loss import classes_of
 from .labels import LabelLoss, cross_entropy
@@ -48,16 +48,20 @@ class NFGSM(PGDAT):
         label_loss: LabelLoss = cross_entropy,
         bn: str = "train",
         bounds: tuple[float, float] | None = (0.0, 1.0),
-        generator: torch.Generator | None = None,
+        generator: Source = None,
     ) -> None:
         super().__init__(None, label_loss)
         checks.one_of("bn", bn, BN_MODES)
         self.eps, self.noise, self.bn = checks.number("eps", eps), checks.number("noise", noise), bn
         self.bounds, self.generator = checks.bounds(bounds), generator
 
+    def draw_from(self, source: Source) -> None:
+        self.generator = source
+
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         checks.images(x, *self.bounds)
         checks.labels(y, x)
+        check_source(self.generator, x)
         start = uniform_start(x, self.noise * self.eps, *self.bounds, self.generator)
         reach = (self.noise + 1) * self.eps  # a ball that holds start and step: its projection moves nothing
         return PGD(model, reach, self.eps, 1, init=start, bn=self.bn, bounds=self.bounds)(x, y)

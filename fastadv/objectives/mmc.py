@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..attacks import PGD
+from ..attacks.draws import TARGETS, Source, check_source, integers_like
 from ..engine import Model
 from ..reference.loss import pick
 from ..reference.step import arithmetic
@@ -71,22 +72,27 @@ class MMC(PGDAT):
     Args:
         classes: how many; targets are drawn among the others.
         attack: default :meth:`paper_attack`: linf, eps 8/256, alpha 2/256, 10 steps, targeted, on :func:`mmc_distance`.
-        generator: source of the targets.
+        generator: source of the targets, as of :class:`fastadv.PGD`'s starts.
 
     Known weakness: 55.0% under its own attacks, 43.5% under AutoAttack: softmax cross-entropy saturates on these logits.
     """
 
     PAPER: ClassVar[dict[str, Any]] = {"eps": 8 / 256, "alpha": 2 / 256, "steps": 10, "targeted": True, "loss": mmc_distance}
 
-    def __init__(self, classes: int, attack: PGD | None = None, generator: torch.Generator | None = None) -> None:
+    def __init__(self, classes: int, attack: PGD | None = None, generator: Source = None) -> None:
         super().__init__(attack, mmc_loss)
         self.classes, self.generator = checks.integer("classes", classes, 2), generator
+
+    def draw_from(self, source: Source) -> None:
+        super().draw_from(source)
+        self.generator = source
 
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         attack = self.attack_on(model)
         if not attack.targeted:
             return attack(x, y)
         check_batch(attack, x, y)
+        check_source(self.generator, x)
         checks.label_range(hard(y), self.classes)
-        offset = torch.empty_like(y, dtype=torch.int64).random_(1, self.classes, generator=self.generator)
+        offset = integers_like(y, 1, self.classes, self.generator, TARGETS)
         return attack(x, (y + offset) % self.classes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..attacks import PGD
+from ..attacks.draws import Source, check_source, normal_like
 from ..engine import Model
 from ..reference.step import arithmetic
 from .base import Objective, Output, output
@@ -71,7 +72,7 @@ class RSTStability(RST):
     Args:
         sigma: standard deviation of the noise, 0.25 in the paper, in units of x.
         bounds: (lo, hi) of every element, or None.
-        beta, entropy_weight: as :class:`RST`. generator: source of the noise.
+        beta, entropy_weight: as :class:`RST`. generator: source of the noise, as of :class:`fastadv.PGD`'s.
     """
 
     PAPER: ClassVar[dict[str, Any]] = {}
@@ -82,13 +83,16 @@ class RSTStability(RST):
         beta: float = 6.0,
         entropy_weight: float = 0.0,
         bounds: tuple[float, float] | None = (0.0, 1.0),
-        generator: torch.Generator | None = None,
+        generator: Source = None,
     ) -> None:
         super().__init__(None, beta, entropy_weight)
         self.sigma, self.bounds, self.generator = checks.number("sigma", sigma), checks.bounds(bounds), generator
 
+    def draw_from(self, source: Source) -> None:
+        self.generator = source
+
     def adversarial(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         checks.images(x, *self.bounds)
         checks.labels(y, x)
-        noise = torch.empty_like(x).normal_(std=self.sigma, generator=self.generator)
-        return noise.add_(x.detach()).clamp_(*self.bounds)
+        check_source(self.generator, x)
+        return normal_like(x, self.generator, std=self.sigma).add_(x.detach()).clamp_(*self.bounds)

@@ -125,22 +125,33 @@ def momentum_step(
     return linf_step(adv, velocity, x, alpha, eps, lo, hi), velocity
 
 
-def linf_start(x: Tensor, eps: Scalar, lo: float = -math.inf, hi: float = math.inf, seed: int = 0) -> Tensor:
+def linf_start(
+    x: Tensor,
+    eps: Scalar,
+    lo: float = -math.inf,
+    hi: float = math.inf,
+    seed: int = 0,
+    samples: Tensor | None = None,
+    step: int = 0,
+) -> Tensor:
     """A uniform start in the linf ball: ``clamp(x + eps u, lo, hi)``, u in [-1, 1) by Philox.
 
-    Element e (in memory order) of sample i takes word ``e % 4`` of counter ``(e // 4, i)`` under the key ``seed``: what a
-    sample draws depends on the seed and its place in the batch, and on nothing else.
+    Element e (in memory order) of a sample takes word ``e % 4`` of counter ``(e // 4, number)`` under the key ``seed``, with
+    ``step`` added to the second of the counter's four words. The number of a sample is its place in the batch, or what
+    ``samples`` int64 [N] says: what it draws depends on seed, step and number, and on nothing else.
     """
     c = arithmetic(x)
-    samples, size = x.shape[0], math.prod(x.shape[1:])
-    counter = torch.arange((size + 3) // 4, device=x.device).expand(samples, -1)
-    sample = torch.arange(samples, device=x.device)[:, None].expand_as(counter)
-    words = torch.stack(philox(seed, counter & _WORD, counter >> 32, sample & _WORD, sample >> 32), -1)
+    count, size = x.shape[0], math.prod(x.shape[1:])
+    number = torch.arange(count, device=x.device) if samples is None else samples
+    block = torch.arange((size + 3) // 4, device=x.device).expand(count, -1)
+    number = number[:, None].expand_as(block)
+    counter = block & _WORD, (block >> 32) + step & _WORD, number & _WORD, number >> 32 & _WORD
+    words = torch.stack(philox(seed, *counter), -1)
     u = ((words.flatten(1)[:, :size] >> 8) - 2**23).to(c.dtype) * 2.0**-23
     if dense_layout(x) == torch.contiguous_format:
         noise = u.reshape(x.shape)
     else:  # channels last
-        noise = u.reshape(samples, *x.shape[2:], x.shape[1]).movedim(-1, 1)
+        noise = u.reshape(count, *x.shape[2:], x.shape[1]).movedim(-1, 1)
     return (c + per_sample(eps, c) * noise).clamp(lo, hi).to(x.dtype)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from table import ROUNDING, STEP_DTYPES, check_update, logits_and_labels, name, step_inputs
+from table import ROUNDING, STEP_DTYPES, check_update, logits_and_labels, name, sample_numbers, step_inputs
 from torch import Tensor
 
 import fastadv
@@ -146,12 +146,14 @@ def test_updates_at_every_alignment(op, dtypes):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_start_at_every_alignment(dtype, size):
     x = step_inputs((3, size), dtype, dtype)[2]
-    expected = ops.linf_start(x, 0.3, 0.0, 1.0, 5)
-    torch.testing.assert_close(
-        expected.double(), reference.step.linf_start(x.double(), 0.3, 0.0, 1.0, 5), rtol=ROUNDING[dtype], atol=ROUNDING[dtype]
-    )
-    for of_x, of_out, *_ in OFFSETS:
-        assert torch.equal(ops.linf_start(at_offset(x, of_x), 0.3, 0.0, 1.0, 5, out=at_offset(x, of_out)), expected)
+    for more in ((), (sample_numbers(3), 2**32 - 1)):
+        arguments = (0.3, 0.0, 1.0, 5, *more)
+        expected = ops.linf_start(x, *arguments)
+        wide = reference.step.linf_start(x.double(), *arguments)
+        torch.testing.assert_close(expected.double(), wide, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+        for of_x, of_out, of_numbers, _ in OFFSETS:
+            arguments = (0.3, 0.0, 1.0, 5, *(at_offset(t, of_numbers) for t in more[:1]), *more[1:])
+            assert torch.equal(ops.linf_start(at_offset(x, of_x), *arguments, out=at_offset(x, of_out)), expected)
 
 
 def test_more_samples_than_a_grid_has_rows():
@@ -159,8 +161,9 @@ def test_more_samples_than_a_grid_has_rows():
     adv, grad, x = step_inputs((samples, 2), torch.float32, torch.float32)
     eps = torch.linspace(0, 0.2, samples, dtype=torch.float64)
     assert torch.equal(ops.linf_step(adv, grad, x, 0.1, eps), reference.step.linf_step(adv, grad, x, 0.1, eps))
-    started = ops.linf_start(x, eps, 0.0, 1.0, 3)
-    torch.testing.assert_close(started, reference.step.linf_start(x, eps, 0.0, 1.0, 3), rtol=1e-6, atol=1e-6)
+    for more in ((), (sample_numbers(samples),)):
+        started = ops.linf_start(x, eps, 0.0, 1.0, 3, *more)
+        torch.testing.assert_close(started, reference.step.linf_start(x, eps, 0.0, 1.0, 3, *more), rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------- weights
