@@ -277,7 +277,16 @@ X_TEST, Y_TEST = random_images(4, shape=(3, 8, 8), seed=1)
 ARRAYS = {"x": X, "y": Y, "x_test": X_TEST, "y_test": Y_TEST}
 
 
-@pytest.mark.parametrize("change", [{}, {"x": X / 255.0}, {"x": (X / 255).astype(np.float32)}, {"x": X.transpose(0, 2, 3, 1)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"x": X / 255.0},
+        {"x": (X - 0.3 * (X > 0)) / 255},
+        {"x": (X / 255).astype(np.float32)},
+        {"x": X.transpose(0, 2, 3, 1)},
+    ],
+)
 def test_a_file_of_arrays(change, tmp_path):
     np.savez(tmp_path / "mine.npz", **(ARRAYS | change))
     torch.save({name: torch.from_numpy(array.copy()) for name, array in (ARRAYS | change).items()}, tmp_path / "mine.pt")
@@ -923,6 +932,9 @@ def test_the_fraction_of_extra_data(size, fraction, drawn):
     assert max(seen) < 1600
     if fraction == 0.5:
         assert positions[: size // 2].sum() == pytest.approx(drawn * len(batches) / 2, rel=0.2)  # they stand anywhere
+        whole = torch.stack(batches.order(0))
+        place, number = (t[whole >= 1000] for t in (torch.arange(size).expand_as(whole), whole))
+        assert scipy.stats.pearsonr(place, number).pvalue > 0.01
 
 
 def test_every_extra_image_is_equally_likely():
@@ -1010,6 +1022,10 @@ def test_photographs_are_the_same_on_one_rank_or_two(tmp_path):
     assert sorted(s for b in whole for s in b.samples.tolist()) == list(range(6))
     ranks = [list(Batches(train, 3, compose(["flip"]), rank=rank, world=2).epoch(0)) for rank in (0, 1)]
     for b, *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(torch.cat([part.x for part in parts]), b.x)
+    both = {"extra": train, "unsup_fraction": 0.5}
+    whole_both, *ranks = (list(Batches(train, 4, rank=r, world=w, **both).epoch(0)) for r, w in ((0, 1), (0, 2), (1, 2)))
+    for b, *parts in zip(whole_both, *ranks, strict=True):
         assert torch.equal(torch.cat([part.x for part in parts]), b.x)
     crops, centres = (
         torch.cat([b.x for b in whole])[torch.cat([b.samples for b in whole]).argsort()],

@@ -203,13 +203,9 @@ def ahead(function: Callable[[T], U], items: Iterable[T], depth: int = 2) -> Ite
     """``function(item)`` of each item, worked out by ``depth`` threads while earlier ones are in use."""
     with ThreadPoolExecutor(depth) as pool:
         waiting: deque[Future[U]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > depth:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
