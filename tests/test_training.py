@@ -94,6 +94,13 @@ def test_a_run_leaves_weights_a_log_and_checkpoints(data, tmp_path):
     assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == checkpoint.KEPT
 
 
+def test_building_draws_nothing(data):
+    before = torch.get_rng_state()
+    build.trainer(given(data), device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore::fastadv.training.TrainingAlarm")
 def test_it_learns(data):
     # AWP off: at this size its radius is not the point.
     history = trained(data, epochs=12, attack={"eps": 0.02}, awp=None, schedule={"name": "cosine", "lr": 0.1}).history
@@ -165,6 +172,7 @@ def test_resumed_it_is_the_same_run(data, tmp_path):
 SPEED = ("seconds", "images_per_second", "efficiency")
 
 
+@pytest.mark.filterwarnings("ignore::fastadv.training.TrainingAlarm")
 @pytest.mark.parametrize("method", build.OBJECTIVES)
 def test_every_method_trains_and_resumes(data, method, tmp_path):
     held = {**CONFIG, "data": {"name": str(data)}, "method": {"name": method}, "attack": {"eps": 0.1}}
@@ -272,12 +280,12 @@ def test_sigkill_at_any_moment_loses_nothing(data, file, tmp_path):
     whole.fit()
     torch.set_num_threads(threads)
     out, patience = tmp_path / "out", random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         process = subprocess.Popen(command(file, out, "--minutes", "0"), env=ENVIRONMENT, stderr=subprocess.PIPE)
         before = _newest(out)
-        while process.poll() is None and _newest(out) < min(before + 4, 30):
+        while process.poll() is None and _newest(out) <= before:
             time.sleep(0.01)
-        time.sleep(patience.random() * 0.1)
+        time.sleep(patience.random() * 0.5)  # a step or three, a checkpoint after each
         process.kill()
         process.communicate()
     assert 0 < _newest(out) < 30
@@ -332,7 +340,7 @@ def test_validation_counts_what_it_should(data):
     x, y = images.x.float() / 255, images.y
     model.eval()
     with torch.no_grad():
-        assert found["clean"] == float((model(x).argmax(1) == y).float().mean())
+        assert found["clean"] == pytest.approx(float((model(x).argmax(1) == y).float().mean()))
         fgsm = fastadv.fgsm(model, x, y, 0.1)
         assert found["fgsm"] == pytest.approx(float((model(fgsm).argmax(1) == y).float().mean()))
     assert found["robust"] <= found["clean"]

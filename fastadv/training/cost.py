@@ -37,24 +37,22 @@ def passes(config: Config) -> int:
     Counted in one step of a small network: its layers' gradients for inputs and for weights cost a forward pass each, but for
     the first layer, which is next to nothing here.
     """
-    from .build import build_objective  # which hold more than this needs, this function among it
+    from .build import build_objective  # which holds more than this needs, this function among it
 
-    classes, n = 10, 4
+    classes, n, views = 10, 4, 2 if config.method.consistency else 1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
         hidden = [nn.Linear(256, 256) for _ in range(4)]
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 256), nn.ReLU(), *hidden, nn.Linear(256, classes))
         x, y = torch.rand(n, 1, 2, 2), torch.arange(n)
-    objective = build_objective(config, model, classes)
-    awp = None if config.awp is None else AWP(model, config.awp.gamma, steps=config.awp.steps)
-    views = 2 if config.method.consistency else 1
+        objective = build_objective(config, model, classes)
+        awp = None if config.awp is None else AWP(model, config.awp.gamma, steps=config.awp.steps)
 
-    def step() -> None:
-        for _ in descents(objective, model, x.repeat(views, 1, 1, 1), y.repeat(views), Tensor.backward, awp):
-            pass
+        def step() -> None:
+            for _ in descents(objective, model, x.repeat(views, 1, 1, 1), y.repeat(views), Tensor.backward, awp):
+                pass
 
-    step()  # what is made once is made
-    return round(flops(step) / flops(lambda: model(x)))
+        step()  # what is made once is made
+        return round(flops(step) / flops(lambda: model(x)))
 
 
 @dataclass(frozen=True)

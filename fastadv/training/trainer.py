@@ -357,6 +357,9 @@ class Trainer:
         if self.out is None:
             return
         checkpoints = Checkpoints(self.out / "checkpoints")
+        if processes.rank() == 0:
+            for unfinished in self.out.rglob(".*.tmp"):  # what was being written when the run was killed
+                unfinished.unlink()
         if resume == "never":
             if checkpoints.paths():
                 raise ValueError(f"out={str(self.out)!r} holds a run already; name another folder, or resume it with 'auto'")
