@@ -140,8 +140,11 @@ def _train(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
-    from .training import page
-
+    try:
+        from .training import page
+    except ImportError as error:
+        print(f"fastadv report needs {error.name}: pip install 'fastadv[train]'", file=sys.stderr)
+        return 2
     try:
         print(f"Report: {page.write(chosen.folder, chosen.samples, chosen.device)}")
     except (ValueError, OSError) as error:

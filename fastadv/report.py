@@ -162,10 +162,11 @@ def finished(figure: Figure, axis: Axes, percent: bool) -> Figure:
     if percent:
         axis.yaxis.set_major_formatter("{x:.0%}")
     if axis.get_xlabel() == "epoch":
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
     return figure
 
 

@@ -70,7 +70,7 @@ def run(
     with processes() as rank:  # what goes between them are records, from the CPU
         chosen = device_of(device)
         network = network.to(chosen).eval()
-        _try(network, x[:1].to(chosen))
+        try_on(network, x[:1].to(chosen))
         found = evaluate(
             network, (x, y), eps, norm, version, batch_size=batch_size, seed=seed, resume=folder / "state", alarms=alarms,
             keep_images=True, device=chosen, engine=engine,
@@ -270,7 +270,7 @@ def _from_robustbench(name: str) -> nn.Module:
     return network
 
 
-def _try(network: nn.Module, sample: Tensor) -> None:
+def try_on(network: nn.Module, sample: Tensor) -> None:
     """One sample through the network, before hours of work."""
     try:
         with torch.no_grad():

@@ -27,7 +27,7 @@ CLEAN, ROBUST, LOST = "#8b95a1", "#3b82f6", "#e5484d"  # legible on white and on
 
 def page(found: Evaluation, figures: bool = True) -> Report:
     """The page, with tables where figures are not wanted, or cannot be drawn for want of matplotlib."""
-    figures = figures and _matplotlib()
+    figures = figures and has_matplotlib()
     report = Report("Robustness evaluation", described(found.settings))
     _headline(report, found)
     _attacks(report, found, figures)
@@ -35,9 +35,9 @@ def page(found: Evaluation, figures: bool = True) -> Report:
         _alarms(report, found)
     if found.curves is not None:
         _curves(report, found, found.curves, figures)
-    _classes(report, found, figures)
+    classes(report, found, figures)
     if figures:
-        _gallery(report, found)
+        gallery(report, found)
     report.heading("What no program can check")
     report.list(found.checklist)
     report.heading("How to get this again")
@@ -73,8 +73,8 @@ def _headline(report: Report, found: Evaluation) -> None:
     seconds = sum(row.seconds for row in found.rows)
     report.headline(
         [
-            ("Robust accuracy", f"{found.robust_accuracy:.1%}", f"{_interval(found, found.robust_accuracy)}, 95% interval"),
-            ("Clean accuracy", f"{found.clean_accuracy:.1%}", f"{_interval(found, found.clean_accuracy)}, 95% interval"),
+            ("Robust accuracy", f"{found.robust_accuracy:.1%}", f"{interval(found, found.robust_accuracy)}, 95% interval"),
+            ("Clean accuracy", f"{found.clean_accuracy:.1%}", f"{interval(found, found.clean_accuracy)}, 95% interval"),
             ("Alarms that ring", alarms, "signs of a flawed evaluation"),
             ("Time of all attacks", _time(seconds), f"{found.settings['device']}"),
         ]
@@ -102,7 +102,7 @@ def _attacks(report: Report, found: Evaluation, figures: bool) -> None:
         ["attack", "tried", "broken", "rejected", "robust accuracy", "95% interval", "passes a sample", "time"],
         [
             (row.attack, row.tried, row.broken, row.rejected, f"{row.robust_accuracy:.2%}",
-             _interval(found, row.robust_accuracy), f"{row.queries:,.0f}", _time(row.seconds))
+             interval(found, row.robust_accuracy), f"{row.queries:,.0f}", _time(row.seconds))
             for row in found.rows
         ],
         "Rejected: images that an attack took for adversarial and that are not: the model, asked once more without autocast, "
@@ -181,7 +181,8 @@ def _curves(report: Report, found: Evaluation, curves: Curves, figures: bool) ->
     )
 
 
-def _classes(report: Report, found: Evaluation, figures: bool) -> None:
+def classes(report: Report, found: Evaluation, figures: bool) -> None:
+    """Clean and robust accuracy of each class, where there are several."""
     rows = by_class(found)
     if len(rows) < 2:
         return
@@ -284,7 +285,7 @@ def _classes_figure(rows: list[tuple[int, int, float, float]]) -> Figure:
 # --------------------------------------------------------------------------------------------------------------- the images
 
 
-def _gallery(report: Report, found: Evaluation) -> None:
+def gallery(report: Report, found: Evaluation) -> None:
     """Some of the samples that an attack broke, evenly spaced, where they are images and were kept."""
     x, x_adv = found.x, found.x_adv
     if x is None or x_adv is None or x.dim() != 4 or x.shape[1] not in (1, 3):
@@ -336,7 +337,8 @@ def _show(axis: Axes, image: Tensor, colours: str, title: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- in words
 
 
-def _interval(found: Evaluation, accuracy: float) -> str:
+def interval(found: Evaluation, accuracy: float) -> str:
+    """The 95% interval, in percent."""
     lo, hi = found.interval(accuracy)
     return f"{100 * lo:.1f} to {hi:.1%}"
 
@@ -351,7 +353,8 @@ def _setting(value: Any) -> str:
     return " to ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _matplotlib() -> bool:
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
     try:
         importlib.import_module("matplotlib.figure")
     except ImportError:

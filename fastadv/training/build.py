@@ -87,18 +87,8 @@ def trainer(config: Config, out: str | Path | None = None, device: str | None = 
     if config.awp is not None:
         changes = config.awp.model_dump() | {"warmup": config.awp.warmup * len(batches)}
         awp = AWP(wrapped, **changes)
-    chosen, bounds = config.validation, getattr(attack, "bounds", None) or (0.0, 1.0)
-    validation = Validation(
-        watched,
-        _radius(config, attack),
-        chosen.steps,
-        getattr(attack, "norm", "linf"),
-        chosen.loss,
-        bounds,
-        chosen.batch_size,
-        config.seed,
-        place,
-    )
+    chosen = config.validation
+    validation = Validation(watched, **yardstick(config, attack), batch_size=chosen.batch_size, seed=config.seed, device=place)
     return Trainer(
         wrapped,
         objective,
@@ -201,9 +191,17 @@ def _split(config: Config, data: Dataset) -> tuple[Images, Images]:
     return split(data.train, chosen.samples, config.seed)
 
 
-def _radius(config: Config, attack: Any) -> float:
-    radius = config.validation.eps if config.validation.eps is not None else config.attack.eps
-    return float(radius if radius is not None else getattr(attack, "eps", 8 / 255))
+def yardstick(config: Config, attack: Any) -> dict[str, Any]:
+    """What PGD measures a run by, as its arguments; ``attack``: what :func:`fastadv.training.trainer.attack_of` gives."""
+    chosen = config.validation
+    radius = next((eps for eps in (chosen.eps, config.attack.eps) if eps is not None), getattr(attack, "eps", 8 / 255))
+    return {
+        "eps": float(radius),
+        "steps": chosen.steps,
+        "norm": getattr(attack, "norm", "linf"),
+        "loss": chosen.loss,
+        "bounds": getattr(attack, "bounds", None) or (0.0, 1.0),
+    }
 
 
 def _unknown(name: str, known: Iterable[str] | Mapping[str, Any]) -> str:

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 
 from ..files import replacing
 from ..processes import processes, rank
 from .build import trainer
-from .config import Config, check, dump, find, load
+from .config import Config, dump, find, load
 from .cost import passes, petaflops
 
 CONFIG = "config.yaml"
@@ -75,4 +74,4 @@ def config_of(folder: str | Path) -> Config:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} is no folder of fastadv train: it has no {CONFIG}")
-    return check(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return load(path)
