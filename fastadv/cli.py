@@ -72,7 +72,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a file of weights, or robustbench:NAME/DATASET/THREAT")
-    add("--data", required=True, metavar="FILE", help="digits (those of the demo), a .npz or .pt file of x in [0, 1] and y")
+    add(
+        "--data", required=True, metavar="FILE", help="digits (those of the demo), cifar10:FOLDER and so on, a .npz or .pt file"
+    )
     add("--model", metavar="MODULE:FUNCTION", help="what builds the network, where the checkpoint does not say")
     add("--eps", required=True, type=_number, help="radius in units of x: 0.3, 8/255")
     add("--norm", default="linf", choices=["linf", "l2", "l1"], help="(default: %(default)s)")

@@ -228,7 +228,7 @@ def test_data_that_is_none(folder):
         "list.pt": r"must hold a pair of tensors \(x, y\)",
         "text.npz": "not a .npz file|allow_pickle",
         "text.pt": "not a file of tensors",
-        "data.csv": "must be digits, a .npz or a .pt file",
+        "data.csv": "must be a .npz or a .pt file where it is a file",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_data(name)

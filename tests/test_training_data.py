@@ -254,14 +254,14 @@ def test_svhn(extra, tmp_path):
 
 
 def test_digits():
-    dataset = load("digits")
+    dataset = load("sklearn-digits")
     assert (dataset.train.x.shape, dataset.test.x.shape, dataset.classes) == ((1437, 1, 28, 28), (360, 1, 28, 28), 10)
     assert (int(dataset.train.x.min()), int(dataset.train.x.max())) == (0, 255)
-    coloured = load("digits", size=32, channels=3)
+    coloured = load("sklearn-digits", size=32, channels=3)
     assert coloured.test.x.shape == (360, 3, 32, 32)
     assert torch.equal(coloured.test.x[:, 0], coloured.test.x[:, 2])
     assert torch.equal(coloured.test.y, dataset.test.y)
-    assert not torch.equal(load("digits", seed=1).test.y, dataset.test.y)
+    assert not torch.equal(load("sklearn-digits", seed=1).test.y, dataset.test.y)
 
 
 def test_mnist5k_are_the_digits_of_the_demo():
@@ -354,10 +354,10 @@ def test_unknown_names_and_arguments(monkeypatch):
     with pytest.raises(ValueError, match=r"data must be one of 'mnist5k', .*'imagenet'; got 'xyz'$"):
         load("xyz")
     with pytest.raises(ValueError, match=r"data 'digits': .*'sise'; its arguments are root, size, channels, seed"):
-        load("digits", sise=3)
+        load("sklearn-digits", sise=3)
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match=r"data 'digits' needs sklearn.datasets; .*pip install 'fastadv\[demo\]'"):
-        load("digits")
+        load("sklearn-digits")
 
 
 # --------------------------------------------------------------------------------------------------------------- extra data

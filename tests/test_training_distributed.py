@@ -52,8 +52,8 @@ def on_ranks(n: int, held: dict, out: Path, minutes: float = 10.0) -> list:
     return json.loads((out / "ranks.json").read_text())
 
 
-def held(data: Path, **changes) -> dict:  # noqa: F811
-    return given(data, **changes).model_dump(mode="json", exclude_unset=True)
+def held(file: Path, **changes) -> dict:
+    return given(file, **changes).model_dump(mode="json", exclude_unset=True)
 
 
 @pytest.mark.parametrize(

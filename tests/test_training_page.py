@@ -275,20 +275,18 @@ def test_many_classes(folder, plain):
 
 def test_the_judge_takes_the_test_images(data, tmp_path, monkeypatch):
     folder = a_run(tmp_path / "it's mine", data)
-    program, command = page.judging(*found_in(folder)).splitlines()
-    python, _, code = shlex.split(program)
-    assert python == "python"
-    exec(code, {})
-    words = shlex.split(command)
-    assert words == ["fastadv", "evaluate", f"{folder}/best.pt", "--data", f"{folder}/test.pt", "--eps", str(EPS)]
+    run, found = found_in(folder)
+    words = shlex.split(page.judging(run, found))
+    assert words == ["fastadv", "evaluate", f"{folder}/best.pt", "--data", str(data), "--eps", str(EPS)]
     x, y = load_data(words[4])
     held = torch.load(data)
     assert torch.equal(x, held["x_test"].float() / 255)
     assert torch.equal(y, held["y_test"])
-    run, found = found_in(folder)
     monkeypatch.setattr(type(run.config.data), "arguments", {"seed": 3})
-    monkeypatch.setitem(run.config.data.__dict__, "name", "mnist5k")
-    assert page.judging(run, found) == shlex.join([*words[:4], "digits:3", *words[5:]])
+    for name, root, there in (("mnist5k", None, "digits:3"), ("cifar10", "/data", "cifar10:/data")):
+        monkeypatch.setitem(run.config.data.__dict__, "name", name)
+        monkeypatch.setitem(run.config.data.__dict__, "root", root)
+        assert page.judging(run, found) == shlex.join([*words[:4], there, *words[5:]])
 
 
 # ------------------------------------------------------------------------------------------------------------ whose code runs

@@ -26,7 +26,7 @@ STATES = ("state_dict", "model_state_dict", "model")  # where checkpoints keep t
 # What a checkpoint may call: other code runs only if the user names it. No prefix would do: most modules lead to os.system.
 OURS = ("fastadv.demo:build_network", "fastadv.models:build")
 ROBUSTBENCH = "robustbench:"
-NAMES = (("x", "y"), ("x_test", "y_test"))  # of images and labels in a file
+NAMES = (("x_test", "y_test"), ("x", "y"))  # of images and labels in a file
 
 
 def run(
@@ -91,18 +91,26 @@ def load_data(name: str) -> tuple[Tensor, Tensor]:
     """Images and labels.
 
     Args:
-        name: "digits", the 1,000 test digits of ``fastadv demo``, or "digits:3", those of its seed 3; or a file: .npz with
-            arrays x and y (or x_test and y_test), .pt with a pair (x, y) or a dict of these names. Images are in [0, 1], or
-            uint8, which are divided by 255.
+        name: "digits", the 1,000 test digits of ``fastadv demo``, or "digits:3", those of its seed 3; another data set that
+            ``fastadv train`` knows, such as "cifar10", in the folder data or in "cifar10:FOLDER": its test images; or a file:
+            .npz with arrays x_test and y_test (or x and y), .pt with a dict of these names or a pair (x, y). Images are in
+            [0, 1], or uint8, which are divided by 255.
     """
-    if name.split(":")[0] == "digits":
+    dataset, _, where = name.partition(":")
+    if dataset == "digits":
         return _digits(name)
+    from ..training.data import DATASETS, load
+
+    if dataset in DATASETS:
+        test = load(dataset, where or None).test
+        return test.take(torch.arange(len(test))).float() / 255, test.y
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"--data must be digits, a .npz or a .pt file; there is no file {name!r}")
+        known = ", ".join(["digits", *DATASETS])
+        raise ValueError(f"--data must be one of {known}, or a .npz or .pt file; there is no file {name!r}")
     read = {".npz": _npz, ".pt": _pt, ".pth": _pt}.get(path.suffix)
     if read is None:
-        raise ValueError(f"--data must be digits, a .npz or a .pt file; got {name!r}")
+        raise ValueError(f"--data must be a .npz or a .pt file where it is a file; got {name!r}")
     x, y = read(path)
     if x.dtype == torch.uint8:
         x = x.float() / 255
@@ -218,7 +226,7 @@ def _builder(checkpoint: str, held: Mapping[str, Any], factory: str | None) -> t
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a file of tensors (torch.load with weights_only=True): {reason}") from None
 

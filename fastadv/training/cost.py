@@ -66,7 +66,7 @@ class Known:
 
 SIZES = {
     "mnist5k": Known(4000, (1, 28, 28), 10),
-    "digits": Known(1437, (1, 28, 28), 10),
+    "sklearn-digits": Known(1437, (1, 28, 28), 10),
     "cifar10": Known(50_000, (3, 32, 32), 10),
     "cifar100": Known(50_000, (3, 32, 32), 100),
     "svhn": Known(73_257, (3, 32, 32), 10),

@@ -80,8 +80,8 @@ def load(name: str, root: str | Path | None = None, **arguments: Any) -> Dataset
     """A data set by name, or a file of one.
 
     Args:
-        name: mnist5k (``seed`` of the split, 0), digits (``size`` 28, ``channels`` 1, ``seed`` 0), cifar10, cifar100, svhn
-            (``extra`` False), imagenet (``size`` 224, ``resize`` 256, ``workers`` 8); or the path of a .npz or .pt file of x,
+        name: mnist5k (``seed`` of the split, 0), sklearn-digits (``size`` 28, ``channels`` 1, ``seed`` 0), cifar10, cifar100,
+            svhn (``extra`` False), imagenet (``size`` 224, ``resize`` 256, ``workers`` 8); or the path of a .npz or .pt file of x,
             y, x_test and y_test (``classes``, by default one more than the largest label), images uint8 or in [0, 1], which
             are rounded to 255ths.
         root: the folder that the files are in, "data" by default.
@@ -194,8 +194,10 @@ def _digits(root: Path, size: int = 28, channels: int = 1, seed: int = 0) -> Dat
     pixels, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
     x = F.interpolate(x, (checks.integer("size", size),) * 2, mode="bilinear")
-    train, test = split(_images(x.repeat(1, checks.integer("channels", channels), 1, 1), labels, 10, "digits"), 360, seed)
-    return Dataset("digits", train, test, 10)
+    train, test = split(
+        _images(x.repeat(1, checks.integer("channels", channels), 1, 1), labels, 10, "sklearn-digits"), 360, seed
+    )
+    return Dataset("sklearn-digits", train, test, 10)
 
 
 def _cifar10(root: Path) -> Dataset:
@@ -290,7 +292,7 @@ def _file(path: Path, classes: int | None = None) -> Dataset:
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "mnist5k": _mnist5k,
-    "digits": _digits,
+    "sklearn-digits": _digits,
     "cifar10": _cifar10,
     "cifar100": _cifar100,
     "svhn": _svhn,

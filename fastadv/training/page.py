@@ -6,7 +6,6 @@ the judge.
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,20 +179,15 @@ def _judge(report: Report, run: Run, found: Evaluation) -> None:
 
 
 def judging(run: Run, found: Evaluation) -> str:
-    """The command that attacks the network as publications do; before it, if need be, one that makes a file of test images."""
-    config, norm, program = run.config, found.settings["norm"], []
-    file = f"digits:{config.data.arguments.get('seed', 0)}"
-    if config.data.name != "mnist5k":
-        file = str(run.folder / "test.pt")
-        code = "import torch; from fastadv.training import command, data; "
-        code += f"d = command.config_of({json.dumps(str(run.folder))}).data; "
-        code += "t = data.load(d.name, d.root, **d.arguments).test; "
-        code += f"torch.save((t.take(torch.arange(len(t))), t.y), {json.dumps(file)})"
-        program = ["python", "-c", code]
-    words = ["fastadv", "evaluate", str(run.folder / f"{run.weights}.pt"), "--data", file]
+    """The command that attacks the network as publications do."""
+    config, norm = run.config, found.settings["norm"]
+    data = config.data.name if config.data.root is None else f"{config.data.name}:{config.data.root}"
+    if config.data.name == "mnist5k":
+        data = f"digits:{config.data.arguments.get('seed', 0)}"
+    words = ["fastadv", "evaluate", str(run.folder / f"{run.weights}.pt"), "--data", data]
     words += ["--eps", radius(found.settings["eps"]), *(["--norm", norm] if norm != "linf" else [])]
     words += ["--model", config.model.name] if ":" in config.model.name else []
-    return "\n".join(map(shlex.join, filter(None, (program, words))))
+    return shlex.join(words)
 
 
 # -------------------------------------------------------------------------------------------------------------- the figures
