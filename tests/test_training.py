@@ -206,9 +206,7 @@ def test_every_method_trains_and_resumes(data, method, tmp_path):
 def test_resumed_with(data, changes, tmp_path):
     chosen = given(data, **{"epochs": 2, "batch_size": 27} | changes)
     whole = build.trainer(chosen, device="cpu")
-    torch.manual_seed(0)
     whole.fit()
-    torch.manual_seed(0)
     killed(build.trainer(chosen, tmp_path, device="cpu", minutes=0), 4)  # of 6
     rest = build.trainer(chosen, tmp_path, device="cpu")
     rest.fit()

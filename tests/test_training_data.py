@@ -353,10 +353,10 @@ def test_unknown_names_and_arguments(monkeypatch):
         load("CIFAR-10")
     with pytest.raises(ValueError, match=r"data must be one of 'mnist5k', .*'imagenet'; got 'xyz'$"):
         load("xyz")
-    with pytest.raises(ValueError, match=r"data 'digits': .*'sise'; its arguments are root, size, channels, seed"):
+    with pytest.raises(ValueError, match=r"data 'sklearn-digits': .*'sise'; its arguments are root, size, channels, seed"):
         load("sklearn-digits", sise=3)
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(ValueError, match=r"data 'digits' needs sklearn.datasets; .*pip install 'fastadv\[demo\]'"):
+    with pytest.raises(ValueError, match=r"data 'sklearn-digits' needs sklearn.datasets; .*pip install 'fastadv\[demo\]'"):
         load("sklearn-digits")
 
 

@@ -48,6 +48,10 @@ OBJECTIVES: dict[str, type[Objective] | type[FreeAT]] = {
     "gkl": objectives.GKL,
 }
 
+# Running statistics are averaged after each epoch instead; the name is another since torch 2.12 or so.
+_names = inspect.signature(DistributedDataParallel).parameters
+NO_BROADCAST: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in _names else "broadcast_buffers": False}
+
 
 def trainer(config: Config, out: str | Path | None = None, device: str | None = None, minutes: float = 10.0) -> Trainer:
     """All that a config asks for, checked, built and put together; nothing is trained yet.
@@ -65,7 +69,7 @@ def trainer(config: Config, out: str | Path | None = None, device: str | None = 
     attack = attack_of(objective, model)
     wrapped: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     if processes.world() > 1:
-        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)  # averaged after each epoch instead
+        wrapped = DistributedDataParallel(wrapped, **NO_BROADCAST)
 
     training, watched = _split(config, data)
     batches = Batches(

@@ -45,7 +45,7 @@ def passes(config: Config) -> int:
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 256), nn.ReLU(), *hidden, nn.Linear(256, classes))
         x, y = torch.rand(n, 1, 2, 2), torch.arange(n)
         objective = build_objective(config, model, classes)
-        awp = None if config.awp is None else AWP(model, config.awp.gamma, steps=config.awp.steps)
+        awp = None if config.awp is None else AWP(model, config.awp.gamma, steps=config.awp.steps, sync="local")
 
         def step() -> None:
             for _ in descents(objective, model, x.repeat(views, 1, 1, 1), y.repeat(views), Tensor.backward, awp):

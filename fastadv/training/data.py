@@ -81,9 +81,9 @@ def load(name: str, root: str | Path | None = None, **arguments: Any) -> Dataset
 
     Args:
         name: mnist5k (``seed`` of the split, 0), sklearn-digits (``size`` 28, ``channels`` 1, ``seed`` 0), cifar10, cifar100,
-            svhn (``extra`` False), imagenet (``size`` 224, ``resize`` 256, ``workers`` 8); or the path of a .npz or .pt file of x,
-            y, x_test and y_test (``classes``, by default one more than the largest label), images uint8 or in [0, 1], which
-            are rounded to 255ths.
+            svhn (``extra`` False), imagenet (``size`` 224, ``resize`` 256, ``workers`` 8); or the path of a .npz or .pt file
+            of x, y, x_test and y_test (``classes``, by default one more than the largest label), images uint8 or in [0, 1],
+            which are rounded to 255ths.
         root: the folder that the files are in, "data" by default.
     """
     path, what = Path(name), f"data {name!r}"
@@ -194,10 +194,8 @@ def _digits(root: Path, size: int = 28, channels: int = 1, seed: int = 0) -> Dat
     pixels, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
     x = F.interpolate(x, (checks.integer("size", size),) * 2, mode="bilinear")
-    train, test = split(
-        _images(x.repeat(1, checks.integer("channels", channels), 1, 1), labels, 10, "sklearn-digits"), 360, seed
-    )
-    return Dataset("sklearn-digits", train, test, 10)
+    x = x.repeat(1, checks.integer("channels", channels), 1, 1)
+    return Dataset("sklearn-digits", *split(_images(x, labels, 10, "sklearn-digits"), 360, seed), 10)
 
 
 def _cifar10(root: Path) -> Dataset:

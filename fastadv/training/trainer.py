@@ -45,9 +45,17 @@ Backward = Callable[[Tensor], None]
 
 
 def descents(
-    objective: Objective | FreeAT, model: nn.Module, x: Tensor, y: Tensor, backward: Backward, awp: AWP | None = None
+    objective: Objective | FreeAT,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    backward: Backward,
+    awp: AWP | None = None,
+    weigh: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> Iterator[Output]:
     """Each output of a batch with its gradients taken, for the optimiser to step by: one, or as many as Free AT replays.
+
+    ``weigh`` is what happens to a loss before ``backward``, and before AWP ascends it: a scale for fp16, a share of the batch.
 
     for out in descents(objective, model, x, y, torch.Tensor.backward, awp):
         optimizer.step()
@@ -55,17 +63,17 @@ def descents(
     """
     if isinstance(objective, FreeAT):
         for out in objective(model, x, y):
-            backward(out.loss)
+            backward(weigh(out.loss))
             yield out
     elif awp is None:
         out = objective(model, x, y)
-        backward(out.loss)
+        backward(weigh(out.loss))
         yield out
     else:
         x_adv = objective.adversarial(model, x, y)
-        with awp.perturb(lambda: objective.loss(model, x, y, x_adv)):
+        with awp.perturb(lambda: weigh(objective.loss(model, x, y, x_adv))):
             out = objective.forward(model, x, y, x_adv)
-            backward(out.loss)
+            backward(weigh(out.loss))
             if awp.restore == "after_step":
                 yield out
         objective.observe(out.logits, y)
@@ -97,7 +105,8 @@ class Trainer:
         ramp: factor of the attack's eps and alpha, by epochs done.
         precision: "fp32", "bf16" or "fp16", of the model under autocast, attacks included.
         clip: the largest norm of the gradient, or None.
-        seed: of all random numbers of attacks, which belong to (seed, step, sample).
+        seed: of the random numbers of attacks, which belong to (seed, step, sample), and, with the rank, of torch's global
+            generator, from which a model may draw.
         max_steps: ends the run early.
         minutes: between checkpoints within an epoch; there is always one at its end.
         saved: what best.pt and last.pt hold besides "state_dict", so that ``fastadv evaluate`` can build the model.
@@ -165,6 +174,7 @@ class Trainer:
             KeyboardInterrupt, SystemExit: the run was stopped by Ctrl-C or SIGTERM; a checkpoint was written.
         """
         checks.one_of("resume", resume, ("auto", "never"))
+        torch.manual_seed(self.seed + processes.rank())  # for what a model draws itself, such as dropout
         self._resume(resume)
         with _Signals() as told, Log(self.out if processes.rank() == 0 else None) as log, self._bar() as bar:
             self._saved_at = time.monotonic()
@@ -190,12 +200,15 @@ class Trainer:
         self.objective.draw_from(Draws(self.seed, batch.samples, ATTACK + self.step))
         share = processes.world() * len(batch.x) / batch.size  # so that the mean over ranks is that over the whole batch
 
+        def weigh(loss: Tensor) -> Tensor:
+            return self.scaler.scale(loss if share == 1 else loss * share)
+
         def backward(loss: Tensor) -> None:
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss if share == 1 else loss * share).backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
 
         with self._autocast():
-            for out in descents(self.objective, self.model, batch.x, batch.y, backward, self.awp):
+            for out in descents(self.objective, self.model, batch.x, batch.y, backward, self.awp, weigh):
                 self._update()
                 last = out  # of Free AT's replays
         self._count(last, len(batch.x))
@@ -327,16 +340,16 @@ class Trainer:
     def _checkpoint(self) -> None:
         if self.out is None:
             return
-        randoms = gathered(random_state())
+        own = gathered({"random": random_state(), "sums": self.sums.cpu()})
         if processes.rank() == 0:
-            Checkpoints(self.out / "checkpoints").save(self.step, self.state_dict() | {"random": randoms})
+            Checkpoints(self.out / "checkpoints").save(self.step, self.state_dict() | {"processes": own})
         self._saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, but for the random generators of the processes."""
+        """All that the rest of the run depends on and that all processes share."""
         held = {name: getattr(self, name) for name in ("epoch", "step", "batch", "history", "best", "ringing")}
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return held | parts | {"sums": self.sums.cpu()}
+        return held | parts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was taken."""
@@ -344,7 +357,6 @@ class Trainer:
             part.load_state_dict(state[name])
         for name in ("epoch", "step", "batch", "history", "best", "ringing"):
             setattr(self, name, state[name])
-        self.sums.copy_(state["sums"])
 
     def _parts(self) -> dict[str, Any]:
         parts = {
@@ -368,11 +380,15 @@ class Trainer:
         if state is None:
             return
         self.load_state_dict(state)
-        if len(state["random"]) == processes.world():
-            set_random_state(state["random"][processes.rank()])
+        own = state["processes"]
+        if len(own) == processes.world():
+            set_random_state(own[processes.rank()]["random"])
+            self.sums.copy_(own[processes.rank()]["sums"])
         else:
+            if processes.rank() == 0:
+                self.sums.copy_(sum(each["sums"] for each in own))
             warnings.warn(
-                f"the run had {len(state['random'])} processes: what its model draws itself starts anew", stacklevel=3
+                f"the run had {len(own)} processes: what its model draws itself, as dropout, starts anew", stacklevel=3
             )
 
     def _write(self, name: str, model: nn.Module) -> None:
