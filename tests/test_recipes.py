@@ -41,6 +41,8 @@ def test_it_runs_two_steps(recipe, files, tmp_path):
         changes.append(f"data.extra={files / Path(chosen.data.extra).name}")
     if chosen.model.name == "wide-resnet":
         changes += ["model.depth=10", "model.widen=1"]
+    if chosen.awp:
+        changes.append("awp.warmup=0")
     if chosen.attack.steps:
         changes.append("attack.steps=2")
     trainer = build.trainer(config.load(recipe, changes), tmp_path, device="cpu")
@@ -67,6 +69,8 @@ def test_a_recipe_is_found_by_its_name():
     assert config.find("mnist5k_trades_awp") == ROOT / "recipes" / "mnist5k_trades_awp.yaml"
     with pytest.raises(ValueError, match="did you mean cifar10_trades"):
         config.find("cifar_trades")
+    with pytest.raises(ValueError, match=r"there is no file .elsewhere/cifar10_trades\.yaml"):
+        config.find("elsewhere/cifar10_trades.yaml")  # which is not the one that was meant
 
 
 @pytest.mark.parametrize(
@@ -79,6 +83,10 @@ def test_a_recipe_is_found_by_its_name():
         ("awp.gama=1", "awp.gamma: is missing\nawp.gama: there is no such key; did you mean gamma"),
         ("validation.samples=0", "at least 1 to select by validation"),
         ("data.unsup_fraction=.5", "belong together"),
+        ("optimizer.betas=[0.9,0.99]", "sgd has no betas"),
+        ("average={name: swa, decay: 0.9}", "swa has no decay"),
+        ("method.margin=0.2", "margin and scale belong together"),
+        ("model.classes=5", "as many as the data have"),
         ("attack.eps=-1", "attack.eps"),
         ("attack.eps=8/0", "attack.eps"),
         ("schedule", "must be key=value"),

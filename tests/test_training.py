@@ -31,7 +31,7 @@ CONFIG = {
     "method": {"name": "trades", "beta": 1},
     "attack": {"eps": 0.1, "steps": 2, "ramp": {"name": "constant", "warmup": 1}},
     "awp": {"gamma": 0.005, "warmup": 1},
-    "optimizer": {"momentum": 0.9},
+    "optimizer": {},
     "schedule": {"name": "cosine", "lr": 0.05},
     "average": {"decay": 0.9, "start": 1},
     "validation": {"samples": 20, "steps": 2},
@@ -112,7 +112,7 @@ def test_a_step_is_a_plain_one(data):
     """Two epochs, written out by hand."""
     trainer = build.trainer(given(data, awp=None, average=None, epochs=2), device="cpu")
     model = fastadv.models.build("demo-cnn")
-    attack = fastadv.TRADES.paper_attack(model, eps=0.1, steps=2)
+    attack = fastadv.TRADES.paper_attack(model, eps=0.1, alpha=None, steps=2)
     objective = fastadv.TRADES(attack, beta=1.0)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     step = 0
@@ -121,7 +121,6 @@ def test_a_step_is_a_plain_one(data):
             t = epoch + (step % 5) / 5
             optimizer.param_groups[0]["lr"] = trainer.schedule.at(t)[0]
             attack.eps = 0.1 * min(t, 1.0)
-            attack.alpha = 0.007 * min(t, 1.0)
             attack.generator = fastadv.attacks.draws.Draws(0, batch.samples, (1 << 40) + step)
             optimizer.zero_grad()
             objective(model, batch.x, batch.y).loss.backward()
@@ -196,7 +195,7 @@ def test_every_method_trains_and_resumes(data, method, tmp_path):
         {"model": {"name": "small-cnn"}},  # which has dropout, drawn by torch's own generator
         {"optimizer": {"name": "adamw", "clip": 1.0}, "schedule": {"lr": 1e-3}},
         {"precision": "bf16"},
-        {"average": {"name": "swa", "start": 1, "every": 0.4}},
+        {"average": {"name": "swa", "start": 1, "every": 0.4, "decay": None}},
         {"awp": {"restore": "after_step"}},
         {"method": {"consistency": 1.0}},
         {"data": {"mix": "cutmix"}, "method": {"name": "pgd-at", "beta": None}},
@@ -361,6 +360,57 @@ def test_choosing_by_the_test_set_is_warned_about(data):
         build.trainer(given(data, validation={"select": "test"}), device="cpu")
 
 
+@pytest.mark.filterwarnings("ignore::fastadv.attacks.pgd.NaNGradientWarning")
+def test_a_run_that_diverges_is_noticed(data):
+    trainer = build.trainer(given(data, schedule={"lr": 1e30}, average=None, awp=None), device="cpu")
+    with pytest.warns(TrainingAlarm, match="divergence: the loss of epoch . is not finite"):
+        trainer.fit()
+    assert trainer.history[-1]["robust"] == 0  # NaN is no class
+
+
+def test_another_radius_has_another_alpha(data):
+    given_eps = build.trainer(given(data, attack={"alpha": None}), device="cpu").objective.attack
+    assert given_eps.alpha is None  # 2.5 eps / steps, and not the paper's 0.007
+    both = build.trainer(given(data, attack={"alpha": 0.05}), device="cpu").objective.attack
+    assert both.alpha == 0.05
+
+
+def test_free_at_under_autocast_sees_its_own_steps(data):
+    """The cache of cast weights would hide them from the later replays."""
+    changes = {
+        "method": {"name": "free", "beta": None},
+        "attack": {"steps": None},
+        "awp": None,
+        "average": None,
+        "precision": "bf16",
+        "epochs": 2,
+    }
+    trainer = build.trainer(given(data, **changes, max_steps=1), device="cpu")
+    seen = []
+    backward = torch.Tensor.backward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", lambda loss: (seen.append(float(loss)), backward(loss))[1])
+        trainer.fit()
+    assert len(seen) == 8
+    assert len(set(seen)) == 8
+
+
+@pytest.mark.parametrize("average", [{"name": "swa", "start": 1}, {"name": "ema"}])
+def test_batch_norms_of_an_average(data, average):
+    """A mean of weights gets statistics of its own, and they last through a resume."""
+    held = {"model": {"name": "test_training:normed"}, "average": None, "awp": None, "epochs": 2}
+    chosen = given(data, **held).model_copy(update={"average": config.AverageConfig(**average)})
+    trainer = build.trainer(chosen, device="cpu")
+    trainer.fit()
+    mine, theirs = (network[1].running_var for network in (trainer.average.module, trainer.bare))
+    assert torch.isfinite(mine).all()
+    assert torch.equal(mine, theirs) == (average["name"] == "ema")
+
+
+def normed(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 4, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(196, classes))
+
+
 ROW = {"clean": 0.9, "robust": 0.5, "fgsm": 0.6, "zero_grad": 0.0, "train_robust": 0.5}
 
 
@@ -420,8 +470,10 @@ def test_the_progress_shown_counts_model_passes(data):
         ({"schedule": {"name": "cosin"}}, "cosine"),
         ({"data": {"augment": ["crp"]}}, "crop"),
         ({"validation": {"samples": 100}}, "fewer than the 100"),
-        ({"method": {"name": "free", "beta": 1}}, "method.beta"),
-        ({"method": {"margin": 0.2}}, "scale"),
+        ({"method": {"name": "free", "beta": 1}, "awp": None}, "method.beta"),
+        ({"method": {"name": "free"}}, "awp: free has one backward"),
+        ({"method": {"name": "standard", "beta": None}, "attack": {"ramp": {"name": "constant"}}}, "attacks nothing"),
+        ({"attack": {"ramp": {"name": "constant", "warmpu": 3}}}, "warmup"),
     ],
 )
 def test_what_is_wrong_is_named(data, changes, message):

@@ -108,7 +108,9 @@ class Objective:
         Raises:
             ValueError: from the attack (:class:`fastadv.PGD`), before any work.
         """
-        return self.forward(model, x, y, self.adversarial(model, x, y))
+        out = self.forward(model, x, y, self.adversarial(model, x, y))
+        self.observe(out.logits, y)
+        return out
 
     # What methods that remember something fill in. A training loop calls all four.
 

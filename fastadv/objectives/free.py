@@ -97,7 +97,9 @@ class FreeAT:
     def _carried(self, x: Tensor) -> Tensor:
         """This batch's part of the perturbation, a view."""
         kept = self._delta
-        if kept is None or kept.shape[1:] != x.shape[1:] or kept.dtype != x.dtype or kept.device != x.device:
+        if kept is not None and kept.device != x.device:  # from a checkpoint
+            kept = self._delta = kept.to(x.device)
+        if kept is None or kept.shape[1:] != x.shape[1:] or kept.dtype != x.dtype:
             kept = self._delta = torch.zeros_like(x)
         if len(kept) < len(x):
             kept = self._delta = torch.cat([kept, torch.zeros_like(x[len(kept) :])])

@@ -92,11 +92,6 @@ class GKL(Objective):
         loss = gkl_loss(logits, logits_adv, y, self.class_means, self.alpha, self.beta, self.power)
         return output(loss, y, logits, logits_adv, x_adv)
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor) -> Output:
-        out = super().__call__(model, x, y)
-        self.observe(out.logits, y)
-        return out
-
     def observe(self, logits: Tensor | None, y: Tensor) -> None:
         """Counts a batch's predictions into the class means of this epoch; calling the objective does it already."""
         assert logits is not None
@@ -123,4 +118,6 @@ class GKL(Objective):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
-        self.class_means, self._sums, self._counts = state["class_means"], state["sums"].clone(), state["counts"].clone()
+        means = state["class_means"]
+        self.class_means = None if means is None else means.to(self._sums.device)
+        self._sums, self._counts = state["sums"].clone(), state["counts"].clone()

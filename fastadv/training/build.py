@@ -23,7 +23,7 @@ from .batches import Batches
 from .config import AverageConfig, Config, MethodConfig
 from .cost import passes
 from .data import Dataset, Images, load, load_extra, split
-from .names import known
+from .names import called, known
 from .schedules import Curve, Schedule, param_groups
 from .trainer import Trainer, attack_of
 from .validation import Validation
@@ -60,6 +60,8 @@ def trainer(config: Config, out: str | Path | None = None, device: str | None = 
         ValueError: a name or an argument does not exist, or data are missing; it says which and what there is.
     """
     place = processes.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # whose generator is saved
     data = load(config.data.name, config.data.root, **config.data.arguments)
     arguments = _network(config, data.classes)
     model = models.build(**arguments).to(place)
@@ -86,7 +88,8 @@ def trainer(config: Config, out: str | Path | None = None, device: str | None = 
         views=2 if config.method.consistency else 1,
     )
     optimizer = build_optimizer(config, model)
-    schedule = Schedule(config.schedule.name, config.epochs, config.schedule.lr, **config.schedule.arguments)
+    plan = config.schedule
+    schedule = called("schedule", Schedule, plan.name, config.epochs, plan.lr, **plan.arguments)
     awp = None
     if config.awp is not None:
         changes = config.awp.model_dump() | {"warmup": config.awp.warmup * len(batches)}
@@ -105,7 +108,7 @@ def trainer(config: Config, out: str | Path | None = None, device: str | None = 
         average=_average(config.average, model, len(batches)),
         validation=validation,
         validate_every=chosen.every,
-        ramp=None if config.attack.ramp is None else Curve(epochs=config.epochs, value=1.0, **config.attack.ramp).at,
+        ramp=_ramp(config, attack),
         precision=config.precision,
         clip=config.optimizer.clip,
         seed=config.seed,
@@ -135,13 +138,15 @@ def build_objective(config: Config, model: nn.Module, classes: int) -> Objective
             raise ValueError(f"method.{name}: {_unknown(name, names)}")
     if "classes" in takes:
         arguments["classes"] = classes
-    if method.label_smoothing and "label_smoothing" in takes:
+    if method.label_smoothing is not None and "label_smoothing" in takes:
         arguments["label_smoothing"] = method.label_smoothing
     elif (loss := _label_loss(method)) is not None:
         if "label_loss" not in takes:
             raise ValueError(f"method: {method.name} has no term that label_smoothing or margin could change")
         arguments["label_loss"] = loss
     if "attack" in takes and issubclass(kind, Objective) and kind.PAPER:
+        if attack.keys() & {"eps", "steps"}:  # another radius or number of steps than the paper's has another alpha
+            attack = {"alpha": None} | attack
         arguments["attack"] = PGD(model, **kind.PAPER | attack)
     else:  # it makes its images itself
         for name, value in attack.items():
@@ -157,11 +162,9 @@ def build_objective(config: Config, model: nn.Module, classes: int) -> Objective
 
 
 def _label_loss(method: MethodConfig) -> Callable[..., Any] | None:
-    if method.margin is not None:
-        if method.scale is None or method.label_smoothing:
-            raise ValueError("method.margin: hypersphere embedding needs its scale, too, and has no label_smoothing")
+    if method.margin is not None and method.scale is not None:
         return HypersphereMargin(method.scale, method.margin)
-    return LabelSmoothing(method.label_smoothing, method.over) if method.label_smoothing else None
+    return None if method.label_smoothing is None else LabelSmoothing(method.label_smoothing, method.over)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -172,6 +175,15 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     if chosen.name == "adamw":
         return torch.optim.AdamW(groups, lr, chosen.betas, fused=fused)
     return torch.optim.SGD(groups, lr, chosen.momentum, nesterov=chosen.nesterov, fused=fused)
+
+
+def _ramp(config: Config, attack: Any) -> Callable[[float], float] | None:
+    """Of eps and alpha: their part of the full size."""
+    chosen = config.attack.ramp
+    if chosen is None:
+        return None
+    curve: Curve = called("attack.ramp", Curve, chosen.name, config.epochs, 1.0, **chosen.arguments)
+    return curve.at
 
 
 def _average(chosen: AverageConfig | None, model: nn.Module, steps: int) -> Average | None:

@@ -55,6 +55,7 @@ class Checkpoints:
             except ValueError as error:
                 problems.append(str(error))
                 warnings.warn(f"{error}; going on from the one before", stacklevel=3)
+                path.rename(path.with_suffix(".damaged"))  # it would count as one of those to keep
             else:
                 return state
         if problems:

@@ -97,11 +97,17 @@ class MethodConfig(Open):
     that of hypersphere embedding. consistency: the weight of agreement between two augmentations of each image.
     """
 
-    label_smoothing: Amount = 0.0
+    label_smoothing: Amount | None = None
     over: Literal["all", "others"] = "all"
     margin: Amount | None = None
     scale: Amount | None = None
     consistency: Amount = 0.0
+
+    @model_validator(mode="after")
+    def _together(self) -> MethodConfig:
+        if (self.margin is None) != (self.scale is None) or (self.margin is not None and self.label_smoothing is not None):
+            raise ValueError("margin and scale belong together, those of hypersphere embedding, and without label_smoothing")
+        return self
 
 
 class AttackConfig(Section):
@@ -119,7 +125,7 @@ class AttackConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     twin: bool | None = None
     memory: Literal["normal", "signs"] | None = None
-    ramp: dict[str, Any] | None = None
+    ramp: Open | None = None
 
 
 class AWPConfig(Section):
@@ -133,7 +139,10 @@ class AWPConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """SGD or AdamW. decay_norms, decay_biases: whether weight decay acts on these, too. clip: of the gradient's norm."""
+    """SGD (momentum, nesterov) or AdamW (betas).
+
+    decay_norms, decay_biases: whether weight decay acts on these, too. clip: of the gradient's norm.
+    """
 
     name: Literal["sgd", "adamw"] = "sgd"
     momentum: Amount = 0.9
@@ -143,6 +152,13 @@ class OptimizerConfig(Section):
     decay_norms: bool = True
     decay_biases: bool = True
     clip: Amount | None = None
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> OptimizerConfig:
+        foreign = {"sgd": {"betas"}, "adamw": {"momentum", "nesterov"}}[self.name] & self.model_fields_set
+        if foreign:
+            raise ValueError(f"{self.name} has no {' and no '.join(sorted(foreign))}")
+        return self
 
 
 class ScheduleConfig(Open):
@@ -164,6 +180,13 @@ class AverageConfig(Section):
     ramp: bool = True
     buffers: Literal["copy", "average"] = "copy"
     every: Amount = 1.0
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> AverageConfig:
+        foreign = {"ema": {"every"}, "swa": {"decay", "ramp", "buffers"}}[self.name] & self.model_fields_set
+        if foreign:
+            raise ValueError(f"{self.name} has no {' and no '.join(sorted(foreign))}")
+        return self
 
 
 class ValidationConfig(Section):
@@ -217,6 +240,16 @@ class Config(Section):
     channels_last: bool = False
     compile: bool = False
 
+    @model_validator(mode="after")
+    def _has_what_it_changes(self) -> Config:
+        if self.method.name == "free" and self.awp is not None:
+            raise ValueError("awp: free has one backward for weights and images, and no weights to perturb between")
+        if self.attack.ramp is not None and self.method.name in ("standard", "rst-stability"):
+            raise ValueError(f"attack.ramp: {self.method.name} attacks nothing")
+        if "classes" in self.model.arguments:
+            raise ValueError("model.classes: there are as many as the data have")
+        return self
+
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
     """A config from a YAML file or the name of an installed recipe, with ``changes`` such as "schedule.lr=0.2".
@@ -242,7 +275,7 @@ def find(path: str | Path) -> Path:
     if file.is_file():
         return file
     recipe = (RECIPES / file.name).with_suffix(".yaml")
-    if recipe.is_file():
+    if recipe.is_file() and file.parent in (Path(), Path("recipes")):  # else a folder was meant, and mistyped
         return recipe
     known = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
     raise ValueError(f"there is no file {str(path)!r}, and no recipe of that name{_nearest(file.stem, known)}")
@@ -284,7 +317,8 @@ def _told(error: Any) -> str:
         return f"{key}: there is no such key{_nearest(place[-1], _keys(place[:-1]))}"
     if error["type"] == "missing":
         return f"{key}: is missing"
-    return f"{key}: {error['msg'].removeprefix('Value error, ')}; got {error['input']!r}"
+    told = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {told}; got {error['input']!r}" if key else told
 
 
 def _keys(place: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import signal
 import threading
@@ -30,7 +31,7 @@ from ..objectives import FreeAT, Objective, Output
 from ..processes import any_of, gathered, total
 from ..progress import progress_bar
 from ..weights import AWP
-from .averaging import Average
+from .averaging import SWA, Average
 from .batches import Batch, Batches
 from .checkpoint import Checkpoints, random_state, set_random_state
 from .log import Log
@@ -39,7 +40,8 @@ from .validation import Validation, alarms
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTACK = 1 << 40  # streams of draws: those of the attack in step k is this + k, those of augmentation are the epochs
-AGREE = 10  # steps between asking all processes whether one was told to stop
+STATISTICS = 100  # batches that batch norms of a mean of weights are shown
+SHOWN = 10  # steps between looks at the means, which wait for the device
 
 Backward = Callable[[Tensor], None]
 
@@ -184,8 +186,7 @@ class Trainer:
                 for batch in self.batches.epoch(self.epoch, self.batch):
                     self._train(batch)
                     bar.update()
-                    if self.step % AGREE == 0 or processes.world() == 1:
-                        self._pause(told, bar)
+                    self._pause(told, bar)
                     if self._ended():
                         self._checkpoint()  # within the epoch, where a longer run goes on
                         break
@@ -222,6 +223,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        torch.clear_autocast_cache()  # of weights cast before they moved, which Free AT's next replay would use
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32")
@@ -241,13 +243,15 @@ class Trainer:
         seconds, lr = time.monotonic() - self._started, self.optimizer.param_groups[0]["lr"]
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "lr": lr, **self._means(), **self._speed(seconds)}
         self.objective.end_epoch()
-        _agree_on_buffers(self.bare)
+        for network in self._networks():
+            _agree_on_statistics(network)
+        whole = self.batch == len(self.batches)
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums.zero_()
         if self.validation is not None and (
             self.epoch % self.validate_every == 0 or self.epoch == self.epochs or self._ended()
         ):
-            row |= self._validate(row["epoch"])
+            row |= self._validate(row["epoch"], whole)
         self.history.append(row)
         self._listen()
         bar.set_postfix_str(_shown(row))
@@ -263,6 +267,7 @@ class Trainer:
         values = [out.loss.detach(), *(out.metrics.get(name, unknown) for name in ("accuracy", "robust_accuracy"))]
         seen = torch.stack([value.double() for value in values])
         known = seen.isfinite()
+        known[0] = True  # a loss that is not finite is seen
         self.sums += n * torch.stack([torch.where(known, seen, 0.0), known.double()])
 
     def _means(self) -> dict[str, float | None]:
@@ -281,7 +286,7 @@ class Trainer:
     @functools.cached_property
     def _forward_seconds(self) -> float:
         """What a bare forward pass takes, per image of all processes: the measure of everything else."""
-        model, batch = self.bare, next(iter(self.batches.epoch(self.epoch)))
+        model, batch, randoms = self.bare, next(iter(self.batches.epoch(self.epoch))), random_state()
         seconds = []
         with attacking(model, "eval"), torch.no_grad(), self._autocast():
             for _ in range(4):
@@ -290,21 +295,26 @@ class Trainer:
                 model(batch.x)
                 self._wait()
                 seconds.append(time.perf_counter() - start)
+        set_random_state(randoms)
         return min(seconds) / batch.size
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _validate(self, epoch: int) -> dict[str, Any]:
-        """Accuracies of the model and of its average; the best of each is kept as best.pt and best-average.pt."""
+    def _validate(self, epoch: int, whole: bool) -> dict[str, Any]:
+        """Accuracies of the model and of its average; the best of each after a ``whole`` epoch is kept."""
         assert self.validation is not None
+        if isinstance(self.average, SWA):  # whose batch statistics are the last model's
+            seen = itertools.islice(self.batches.epoch(epoch - 1), STATISTICS)
+            self.average.update_bn(batch.x for batch in seen)
+            _agree_on_statistics(self.average.module)
         candidates = {"": self.bare} | ({} if self.average is None else {"average_": self.average.module})
         row: dict[str, Any] = {}
         for prefix, model in candidates.items():
             found = {prefix + name: value for name, value in self.validation(model).items()}
             row |= found
-            if found[prefix + "robust"] > self.best.get(prefix + "robust", -1.0):
+            if whole and found[prefix + "robust"] > self.best.get(prefix + "robust", -1.0):
                 self.best |= {prefix + "robust": found[prefix + "robust"], prefix + "epoch": epoch}
                 self._write("best-average" if prefix else "best", model)
         return row
@@ -328,7 +338,7 @@ class Trainer:
 
     def _pause(self, told: _Signals, bar: Any) -> None:
         """Between steps: shows how it goes, keeps it now and then, and ends where that was asked for."""
-        if self.step % AGREE == 0:
+        if self.step % SHOWN == 0:
             bar.set_postfix_str(_shown(self._means() | self._speed(time.monotonic() - self._started)))
         due = self.out is not None and time.monotonic() - self._saved_at > 60 * self.minutes
         stop, keep = any_of(told.signal is not None), any_of(due)
@@ -340,10 +350,27 @@ class Trainer:
     def _checkpoint(self) -> None:
         if self.out is None:
             return
-        own = gathered({"random": random_state(), "sums": self.sums.cpu()})
+        own = gathered(self._own_state())
         if processes.rank() == 0:
             Checkpoints(self.out / "checkpoints").save(self.step, self.state_dict() | {"processes": own})
+        any_of(False)  # nobody goes on, or ends, before it is written
         self._saved_at = time.monotonic()
+
+    def _own_state(self) -> dict[str, Any]:
+        """What the rest of the run depends on and each process has of its own: batch statistics among it."""
+        buffers = [[buffer.cpu() for buffer in network.buffers()] for network in self._networks()]
+        return {"random": random_state(), "sums": self.sums.cpu(), "buffers": buffers, "objective": self.objective.state_dict()}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        set_random_state(state["random"])
+        self.sums.copy_(state["sums"])
+        for network, held in zip(self._networks(), state["buffers"], strict=True):
+            for buffer, value in zip(network.buffers(), held, strict=True):
+                buffer.copy_(value)
+        self.objective.load_state_dict(state["objective"])
+
+    def _networks(self) -> list[nn.Module]:
+        return [self.bare] if self.average is None else [self.bare, self.average.module]
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on and that all processes share."""
@@ -370,20 +397,23 @@ class Trainer:
             return
         checkpoints = Checkpoints(self.out / "checkpoints")
         if processes.rank() == 0:
-            for unfinished in self.out.rglob(".*.tmp"):  # what was being written when the run was killed
-                unfinished.unlink()
+            for unfinished in self.out.rglob(".*.pt.*.tmp"):  # what was being written when the run was killed
+                unfinished.unlink(missing_ok=True)
         if resume == "never":
             if checkpoints.paths():
                 raise ValueError(f"out={str(self.out)!r} holds a run already; name another folder, or resume it with 'auto'")
             return
         state = checkpoints.newest()
+        if any_of(state is None) and state is not None:
+            raise ValueError(f"another process found no checkpoint: out={str(self.out)!r} must be one folder for all")
         if state is None:
             return
         self.load_state_dict(state)
+        if len(set(gathered(self.step))) > 1:
+            raise ValueError(f"the processes found different checkpoints: out={str(self.out)!r} must be one folder for all")
         own = state["processes"]
         if len(own) == processes.world():
-            set_random_state(own[processes.rank()]["random"])
-            self.sums.copy_(own[processes.rank()]["sums"])
+            self._load_own_state(own[processes.rank()])
         else:
             if processes.rank() == 0:
                 self.sums.copy_(sum(each["sums"] for each in own))
@@ -430,11 +460,11 @@ class _Signals:
         raise SystemExit(128 + (self.signal or signal.SIGTERM))  # as a shell reports it; another process may have been told
 
 
-def _agree_on_buffers(model: nn.Module) -> None:
+def _agree_on_statistics(model: nn.Module) -> None:
     """Averages the running statistics of batch norms over processes, each of which saw its own part of the batches."""
     if processes.world() > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
+        for name, buffer in model.named_buffers():
+            if name.rpartition(".")[2].startswith("running") and buffer.is_floating_point():
                 total(buffer).div_(processes.world())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -81,12 +82,17 @@ class Validation:
 
 def _correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     logits: Tensor = model(x)
-    return (logits.argmax(1) == y).sum()
+    return ((logits.argmax(1) == y) & logits.isfinite().all(1)).sum()
 
 
 def alarms(history: Sequence[Row]) -> dict[str, str]:
     """What is wrong with a training, by its epochs so far (the last one validated): name to a sentence."""
     found: dict[str, str] = {}
+    if history and not math.isfinite(history[-1].get("loss", 0.0)):
+        found["divergence"] = (
+            f"the loss of epoch {history[-1]['epoch']} is not finite: start again with a smaller learning rate, optimizer.clip "
+            "or precision fp32"
+        )
     rows = [row for row in history if row.get("robust") is not None]
     if not rows:
         return found
