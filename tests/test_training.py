@@ -389,7 +389,7 @@ def test_free_at_under_autocast_sees_its_own_steps(data):
     seen = []
     backward = torch.Tensor.backward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "backward", lambda loss: (seen.append(float(loss)), backward(loss))[1])
+        patch.setattr(torch.Tensor, "backward", lambda loss: (seen.append(loss.item()), backward(loss))[1])
         trainer.fit()
     assert len(seen) == 8
     assert len(set(seen)) == 8
@@ -473,7 +473,7 @@ def test_the_progress_shown_counts_model_passes(data):
         ({"method": {"name": "free", "beta": 1}, "awp": None}, "method.beta"),
         ({"method": {"name": "free"}}, "awp: free has one backward"),
         ({"method": {"name": "standard", "beta": None}, "attack": {"ramp": {"name": "constant"}}}, "attacks nothing"),
-        ({"attack": {"ramp": {"name": "constant", "warmpu": 3}}}, "warmup"),
+        ({"attack": {"ramp": {"name": "constant", "warmpu": 3}}}, "warmpu"),
     ],
 )
 def test_what_is_wrong_is_named(data, changes, message):
