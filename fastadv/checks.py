@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Collection
 from numbers import Integral, Real
@@ -19,7 +20,13 @@ def describe(t: Tensor) -> str:
 
 def one_of(name: str, value: Any, known: Collection[str]) -> None:
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{nearest(value, known)}")
+
+
+def nearest(name: Any, known: Collection[str]) -> str:
+    """How an error about an unknown name ends: with the known one that looks most like it, if any does."""
+    found = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def integer(name: str, value: Any, least: int = 1) -> int:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import importlib
 import inspect
 from collections import OrderedDict
@@ -280,7 +279,7 @@ def build(
 def _maker(name: str, classes: int, head: str | None, arguments: dict[str, Any]) -> Callable[[], nn.Module]:
     """What makes the network, all names in it known."""
     if not isinstance(name, str) or (name not in MODELS and ":" not in name):
-        raise ValueError(f"name must be one of {', '.join(MODELS)}, or {ELSEWHERE}; got {name!r}{_nearest(name, MODELS)}")
+        raise ValueError(f"name must be one of {', '.join(MODELS)}, or {ELSEWHERE}; got {name!r}{checks.nearest(name, MODELS)}")
     if name in MODELS:
         head = "linear" if head is None else head
         checks.one_of("head", head, HEADS)
@@ -310,7 +309,7 @@ def _of_timm(name: str, classes: int, arguments: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, num_classes=classes, **arguments)  # type: ignore[no-any-return]
     except (RuntimeError, TypeError, ValueError) as error:
-        near = _nearest(name, timm.list_models()) if "Unknown model" in str(error) else ""
+        near = checks.nearest(name, timm.list_models()) if "Unknown model" in str(error) else ""
         raise ValueError(f"timm:{name} cannot be built: {error}{near}") from error
 
 
@@ -339,12 +338,7 @@ def _check_known(model: str, arguments: Collection[str], known: Collection[str])
     for argument in arguments:
         if argument not in known:
             takes = ", ".join(known) or "none"
-            raise ValueError(f"{model} has no argument {argument!r}{_nearest(argument, known)} (its arguments: {takes})")
-
-
-def _nearest(word: object, known: Collection[str]) -> str:
-    found = difflib.get_close_matches(str(word), known, 1, cutoff=0.4)  # what is less like it was not meant
-    return f"; the nearest is {found[0]!r}" if found else ""
+            raise ValueError(f"{model} has no argument {argument!r}{checks.nearest(argument, known)} (its arguments: {takes})")
 
 
 @contextlib.contextmanager

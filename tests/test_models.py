@@ -276,7 +276,7 @@ def test_timm(monkeypatch):
     net = build("timm:resnet18", classes=7, in_chans=1, mean=0.5, std=1.0)
     assert net[1].weight.shape == (7, 1)
     assert same(net, build("timm:resnet18", classes=7, in_chans=1, mean=0.5, std=1.0))
-    with pytest.raises(ValueError, match=r"timm:resnet81 cannot be built: Unknown .*; the nearest is 'resnet18'"):
+    with pytest.raises(ValueError, match=r"timm:resnet81 cannot be built: Unknown .*; did you mean 'resnet18'"):
         build("timm:resnet81")
     with pytest.raises(ValueError, match=r"timm:resnet18 cannot be built: .*unexpected keyword argument 'depth'"):
         build("timm:resnet18", depth=3)
@@ -293,7 +293,7 @@ def test_timm(monkeypatch):
     [
         ("wide-resnt", {}, "name must be one of small-cnn, .*, wide-resnet, or timm:NAME or .*; got 'wide-resnt'; .*resnet'"),
         (None, {}, "name must be one of .*; got None"),
-        ("wide-resnet", {"dept": 34}, r"wide-resnet has no argument 'dept'; the nearest is 'depth' \(its arguments: activ"),
+        ("wide-resnet", {"dept": 34}, r"wide-resnet has no argument 'dept'; did you mean 'depth'\? \(its arguments: activ"),
         ("preact-resnet18", {"depth": 34}, r"preact-resnet18 has no argument 'depth' \(its arguments: none\)"),
         ("small-cnn", {"head": "mmc", "scale": 3.0}, "small-cnn has no argument 'scale' .*dropout, dimensions, norm"),
         ("wide-resnet", {"depth": 30}, "depth must be 6n [+] 4, as 28, 34 and 70 are; got 30"),
@@ -314,7 +314,7 @@ def test_timm(monkeypatch):
         ("torch.nn:Linar", {}, "torch.nn:Linar cannot be imported: AttributeError"),
         ("torch.nn:__name__", {}, "torch.nn:__name__ must be a function that returns a torch.nn.Module; got str"),
         ("os:getcwd", {}, "os:getcwd must return a torch.nn.Module; got str"),
-        (f"{__name__}:mine", {"wide": 3}, r"test_models:mine has no argument 'wide'; the nearest is 'width'"),
+        (f"{__name__}:mine", {"wide": 3}, r"test_models:mine has no argument 'wide'; did you mean 'width'"),
     ],
 )  # fmt: skip
 def test_errors(name, arguments, message):

@@ -464,8 +464,8 @@ def test_the_progress_shown_counts_model_passes(data):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": {"name": "tradez"}}, "did you mean .?trades"),
-        ({"method": {"bta": 3}}, "did you mean beta"),
+        ({"method": {"name": "tradez"}}, "did you mean .trades"),
+        ({"method": {"bta": 3}}, "did you mean .beta"),
         ({"model": {"name": "wide-resnt"}}, "wide-resnet"),
         ({"schedule": {"name": "cosin"}}, "cosine"),
         ({"data": {"augment": ["crp"]}}, "crop"),

@@ -331,7 +331,7 @@ WRONG = {
     "name must be one of .*; got \\['cosine'\\]": {"name": ["cosine"]},
     "'piecewise' must be one of 'milestones', 'factor'; got 'milestone'; did you mean 'milestones'": {"milestone": 3},
     "'piecewise' must be .*; got 'held'": {"held": 1.0},
-    "'constant' must be left out; got 'factor'": {"name": "constant", "factor": 0.1},
+    "'constant' takes no arguments of its own; got 'factor'": {"name": "constant", "factor": 0.1},
     "epochs must be a finite number > 0; got 0": {"epochs": 0},
     "epochs must be a finite number > 0; got 'ten'": {"epochs": "ten"},
     "lr must be a finite number >= 0; got -1": {"lr": -1},

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import models, objectives, processes
+from .. import checks, models, objectives, processes
 from ..attacks import PGD
 from ..objectives import Consistency, FreeAT, HypersphereMargin, LabelSmoothing, Objective
 from ..weights import AWP
@@ -220,7 +219,5 @@ def yardstick(config: Config, attack: Any) -> dict[str, Any]:
     }
 
 
-def _unknown(name: str, known: Iterable[str] | Mapping[str, Any]) -> str:
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"there is no {name!r}" + (f"; did you mean {close[0]}?" if close else "") + f" (known: {', '.join(names)})"
+def _unknown(name: str, known: Collection[str]) -> str:
+    return f"there is no {name!r}{checks.nearest(name, known)} (known: {', '.join(sorted(known))})"

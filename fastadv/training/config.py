@@ -8,7 +8,6 @@ that does; what a model, method, schedule or data set takes beyond the keys belo
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .. import checks
 
 RECIPES = next((path for up in (1, 2) if (path := Path(__file__).parents[up] / "recipes").is_dir()), Path("recipes"))
 
@@ -278,7 +279,7 @@ def find(path: str | Path) -> Path:
     if recipe.is_file() and file.parent in (Path(), Path("recipes")):  # else a folder was meant, and mistyped
         return recipe
     known = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-    raise ValueError(f"there is no file {str(path)!r}, and no recipe of that name{_nearest(file.stem, known)}")
+    raise ValueError(f"there is no file {str(path)!r}, and no recipe of that name{_among(file.stem, known)}")
 
 
 def _change(held: dict[str, Any], change: str) -> None:
@@ -314,7 +315,7 @@ def _told(error: Any) -> str:
     place = [str(key) for key in error["loc"]]
     key = ".".join(place)
     if error["type"] == "extra_forbidden":
-        return f"{key}: there is no such key{_nearest(place[-1], _keys(place[:-1]))}"
+        return f"{key}: there is no such key{_among(place[-1], _keys(place[:-1]))}"
     if error["type"] == "missing":
         return f"{key}: is missing"
     told = error["msg"].removeprefix("Value error, ")
@@ -335,10 +336,9 @@ def _keys(place: Sequence[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """How an error goes on: with the known name that looks most like this one."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (f"; did you mean {close[0]}?" if close else "") + (f" (known: {', '.join(known)})" if known else "")
+def _among(name: str, known: Sequence[str]) -> str:
+    """How an error goes on: with the names that there are."""
+    return checks.nearest(name, known) + (f" (known: {', '.join(known)})" if known else "")
 
 
 def dump(config: Config) -> str:

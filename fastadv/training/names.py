@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+from .. import checks
 
 T = TypeVar("T")
 
 
 def known(what: str, name: Any, table: Mapping[str, T]) -> T:
-    """``table[name]``, or an error with the nearest name."""
-    if isinstance(name, str) and name in table:
-        return table[name]
-    near = difflib.get_close_matches(str(name).lower(), table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{what} must be one of {', '.join(map(repr, table))}; got {name!r}{hint}")
+    """``table[name]``, or an error with the names that there are."""
+    checks.one_of(what, name, table)
+    return table[name]
 
 
 def called(what: str, function: Callable[..., T], *arguments: Any, **named: Any) -> T:

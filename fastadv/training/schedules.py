@@ -11,10 +11,9 @@ Time t is the epochs done, a float in [0, epochs]: 12.5 is half way through the 
 from __future__ import annotations
 
 import bisect
-import difflib
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -99,8 +98,8 @@ class Curve:
         self, name: str, epochs: float, value: float, per: str | None = None, warmup: float = 0.0, **arguments: Any
     ) -> None:
         per = per or ("epoch" if name == "cosinew" else "iteration")
-        _known("name", name, SHAPES)
-        _known("per", per, ("iteration", "epoch"))
+        checks.one_of("name", name, SHAPES)
+        checks.one_of("per", per, ("iteration", "epoch"))
         self.shape, self.held = SHAPES[name], float(per == "epoch")
         self.epochs, self.value = checks.number("epochs", epochs, positive=True), checks.number("value", value)
         self.warmup = checks.number("warmup", warmup)
@@ -109,8 +108,11 @@ class Curve:
             raise ValueError(f"warmup must be {expected}; got {warmup!r}")
         takes = list(inspect.signature(self.shape).parameters)[2:]
         ours = {key: getattr(self, key) for key in ("warmup", "held") if key in takes}
+        own = [key for key in takes if key not in ours]
         for key in arguments:
-            _known(f"an argument of {name!r}", key, [own for own in takes if own not in ours])
+            if not own:
+                raise ValueError(f"{name!r} takes no arguments of its own; got {key!r}")
+            checks.one_of(f"an argument of {name!r}", key, own)
         self.arguments = ours | {key: _checked(key, given) for key, given in arguments.items() if given is not None}
 
     def at(self, t: float) -> float:
@@ -195,14 +197,6 @@ def param_groups(
 
 
 # ------------------------------------------------------------------------------------------------------------- the checks
-
-
-def _known(what: str, name: Any, known: Collection[str]) -> None:
-    """One of the known names, or an error that says which may have been meant."""
-    if not isinstance(name, str) or name not in known:
-        expected = f"one of {', '.join(map(repr, known))}" if known else "left out"
-        near = difflib.get_close_matches(str(name), known, 1)
-        raise ValueError(f"{what} must be {expected}; got {name!r}" + "".join(f"; did you mean {n!r}?" for n in near))
 
 
 def _checked(name: str, value: Any) -> float | tuple[float, ...]:
