@@ -199,7 +199,7 @@ def train_robust(
     steps = epochs * math.ceil(len(digits.y_train) / BATCH)
     optimizer, schedule = one_cycle_sgd(model, steps, method.lr)
     objective = method.objective(partial(PGD, model, 0.0, steps=TRAIN_STEPS, generator=generator))
-    attack, awp = attack_of(objective, model), AWP(model, gamma) if gamma else None
+    awp = AWP(model, gamma) if gamma else None
     hidden = torch.arange(len(digits.y_train)) >= method.labelled * len(digits.y_train)
     labels = digits.y_train.masked_fill(hidden, -1)
     step = 0
@@ -209,9 +209,7 @@ def train_robust(
             batches = shuffled_batches(digits.x_train, labels, generator, method.views)
             for x, y in batches:
                 eps = EPS * min(1.0, 2 * step / steps)
-                attack.eps = eps
-                if method.alpha is not None:
-                    attack.alpha = method.alpha * eps
+                set_eps(objective, model, eps, method.alpha)
                 losses.append(train_step(objective, awp, model, optimizer, x, y))
                 schedule.step()
                 step += 1
@@ -221,6 +219,14 @@ def train_robust(
             bar.set_postfix_str(str(history[-1]))
             if method is METHODS["pgd-at"] and awp is None:
                 rounds.append(time_round(model, optimizer, batches, eps, seed, fastadv_first=len(rounds) % 2 == 0))
+
+
+def set_eps(objective: Objective | FreeAT, model: nn.Module, eps: float, alpha: float | None) -> None:
+    """Gives the method's attack this radius, and a step size relative to it."""
+    attack = attack_of(objective, model)
+    attack.eps = eps
+    if alpha is not None:
+        attack.alpha = alpha * eps
 
 
 def train_step(

@@ -32,7 +32,7 @@ def test_a_few_steps_lower_the_robust_loss(name, gamma, digits):
     x, y = digits
     method, model, generator = METHODS[name], demo.small_cnn(0, METHODS[name].head), torch.Generator().manual_seed(0)
     objective = method.objective(lambda **settings: PGD(model, 0.0, **{"steps": 4, "generator": generator, **settings}))
-    demo.set_eps(objective, EPS, method.alpha)
+    demo.set_eps(objective, model, EPS, method.alpha)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     hidden = torch.arange(len(y)) >= method.labelled * len(y)
     batch = x.repeat(method.views, 1, 1, 1), y.masked_fill(hidden, -1).repeat(method.views)
