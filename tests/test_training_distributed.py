@@ -65,6 +65,7 @@ def held(file: Path, **changes) -> dict:
     ],
 )
 def test_two_processes_are_one(data, tmp_path, changes):  # noqa: F811
+    changes = changes | {"attack": {"alpha": 0.007}}  # large steps by signs of gradients near 0 make much of rounding
     one = build.trainer(given(data, **changes), device="cpu")
     one.fit()
     first, second = on_ranks(2, held(data, **changes), tmp_path)
@@ -84,7 +85,7 @@ def test_ranks_stay_the_same_bits_whatever_awp_shares(data, tmp_path, sync):  # 
 
 
 def test_two_processes_resume_what_two_began(data, tmp_path):  # noqa: F811
-    changes = {"model": {"name": "small-cnn"}}  # whose dropout is drawn by each rank's own generator
+    changes = {"model": {"name": "small-cnn"}, "epochs": 2}  # whose dropout is drawn by each rank's own generator
     whole = on_ranks(2, held(data, **changes), tmp_path / "whole")
     on_ranks(2, held(data, **changes, max_steps=7), tmp_path / "part")
     assert on_ranks(2, held(data, **changes), tmp_path / "part") == whole
