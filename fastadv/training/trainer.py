@@ -161,6 +161,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, float] = {}
         self.ringing: dict[str, str] = {}
+        self._images, self._started, self._saved_at = 0, 0.0, 0.0  # of this epoch, and times
 
     # ------------------------------------------------------------------------------------------------------------- the loop
 
