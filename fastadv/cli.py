@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_evaluate(commands.add_parser("evaluate", help="how robust a checkpoint is, by the attacks that publications use"))
     commands.add_parser("info", help="what was built, and which backend runs each op and why")
     chosen = parser.parse_args(arguments)
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # where the user's own model.py is, as ``python -m`` has it
 
     if chosen.command == "demo":
         from .demo import run

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from models import (
@@ -12,9 +10,9 @@ from models import (
     one_thread,  # noqa: F401
 )
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastadv
+from fastadv.training.cost import flops
 
 
 def conv_net() -> nn.Module:
@@ -25,20 +23,6 @@ def conv_net() -> nn.Module:
 
 
 X, Y = torch.rand(4, 3, 12, 12), torch.tensor([0, 1, 2, 3])
-
-
-class NoModules(contextlib.nullcontext):
-    """In place of the counter's breakdown by module, whose hooks torch cannot run on the leaf inputs of autograd.grad."""
-
-    parents = frozenset({"Global"})
-
-
-def flops(call) -> int:
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = NoModules()
-    with counter:
-        call()
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(

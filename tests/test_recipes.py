@@ -57,7 +57,7 @@ def test_it_runs_two_steps(recipe, files, tmp_path):
 def test_it_says_what_it_costs_and_whence_it_comes(recipe):
     chosen = config.load(recipe)
     assert chosen.about is not None
-    assert chosen.about.pflop == pytest.approx(cost.petaflops(chosen), rel=0.01)
+    assert chosen.about.pflop == pytest.approx(cost.petaflops(chosen, cost.passes(chosen)), rel=0.01)
     text, page = recipe.read_text(), (ROOT / "docs" / "training.md").read_text()
     assert f"fastadv train -c recipes/{recipe.name}" in text
     assert f"-m fastadv.train -c recipes/{recipe.name}" in text

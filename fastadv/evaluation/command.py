@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pickle
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -246,8 +244,6 @@ def _built(factory: str, arguments: Mapping[str, Any]) -> nn.Module:
     module, _, function = factory.partition(":")
     if not module or not function:
         raise ValueError(f"--model must be module:function, as in fastadv.demo:small_cnn; got {factory!r}")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # the user's own model.py
     try:
         build: Any = importlib.import_module(module)
         for name in function.split("."):

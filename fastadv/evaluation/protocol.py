@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
+from .. import checks, processes
 from .._version import __version__
 from ..attacks import APGD, APGDT, FAB, FABT, PGD, Attack, EoT, Square
 from ..attacks.norms import norms
@@ -348,9 +348,8 @@ class _Processes:
     """
 
     def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.rank, self.number = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if together else None
+        self.rank, self.number = processes.rank(), processes.world()
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.number > 1 else None
 
     def gathered(self, mine: T) -> list[T]:
         """Of each process what it gave; all wait for all."""

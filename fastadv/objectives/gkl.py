@@ -118,6 +118,5 @@ class GKL(Objective):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
-        means = state["class_means"]
-        self.class_means = None if means is None else means.to(self._sums.device)
+        self.class_means = state["class_means"]
         self._sums, self._counts = state["sums"].clone(), state["counts"].clone()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,8 +40,6 @@ def run(
     """
     chosen = load(config, changes)
     folder = Path(out or Path("runs") / find(config).stem)
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # the user's own model.py
     with processes("cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"):
         _check_same(folder, chosen)
         training = trainer(chosen, folder, device, minutes)
@@ -72,7 +68,8 @@ def _elsewhere(config: Config) -> Config:
 
 def cost(config: Config) -> str:
     """What a run costs, in a line."""
-    return f"{passes(config)} forward passes an image and step, {petaflops(config):.4g} PFLOP in all"
+    forwards = passes(config)
+    return f"{forwards} forward passes an image and step, {petaflops(config, forwards):.4g} PFLOP in all"
 
 
 def config_of(folder: str | Path) -> Config:

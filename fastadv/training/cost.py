@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,12 @@ class _NoModules(contextlib.nullcontext[None]):
     parents = frozenset({"Global"})
 
 
-def flops(call: object) -> int:
+def flops(call: Callable[[], object]) -> int:
     """Floating-point operations of what ``call()`` runs."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with counter:
-        call()  # type: ignore[operator]
+        call()
     return int(counter.get_total_flops())
 
 
@@ -76,8 +77,8 @@ SIZES = {
 }
 
 
-def petaflops(config: Config) -> float:
-    """Of the whole training, validation not counted: 10^15 multiplications and additions."""
+def petaflops(config: Config, passes: int) -> float:
+    """Of the whole training at so many :func:`passes`, validation not counted: 10^15 multiplications and additions."""
     known = SIZES.get(config.data.name)
     if known is None:
         raise ValueError(f"data.name: the cost is known for {', '.join(SIZES)}; got {config.data.name!r}")
@@ -85,4 +86,4 @@ def petaflops(config: Config) -> float:
         model = models.build(config.model.name, known.classes, **config.model.arguments)
     forward = models.forward_flops(model, known.shape)
     batches = math.ceil((known.count - config.validation.held_out) / config.batch_size)
-    return passes(config) * forward * batches * config.batch_size * config.epochs / 1e15
+    return passes * forward * batches * config.batch_size * config.epochs / 1e15

@@ -39,7 +39,7 @@ from .schedules import Schedule
 from .validation import Validation, alarms
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-ATTACK = 1 << 40  # streams of draws: those of the attack in step k is this + k, those of augmentation are the epochs
+ATTACK = 1 << 40  # streams of draws: that of the attack in step k is this + k; augmentation's begin at 1 << 60
 STATISTICS = 100  # batches that batch norms of a mean of weights are shown
 SHOWN = 10  # steps between looks at the means, which wait for the device
 
@@ -87,7 +87,7 @@ def attack_of(objective: Objective | FreeAT, model: nn.Module) -> Any:
     """What holds a method's eps and alpha: its PGD, which is made on ``model`` if need be; else itself (N-FGSM, Free AT)."""
     inner: Any = getattr(objective, "objective", objective)  # of Consistency
     if isinstance(inner, Objective) and inner.attack is None and inner.PAPER:
-        inner.attack = inner.paper_attack(model)
+        inner.attack = inner.attack_on(model)
     return getattr(inner, "attack", None) or inner
 
 
@@ -342,11 +342,10 @@ class Trainer:
         if self.step % SHOWN == 0:
             bar.set_postfix_str(_shown(self._means() | self._speed(time.monotonic() - self._started)))
         due = self.out is not None and time.monotonic() - self._saved_at > 60 * self.minutes
-        stop, keep = any_of(told.signal is not None), any_of(due)
-        if stop or keep:
+        if any_of(due or told.signal is not None):
             self._checkpoint()
-        if stop:
-            told.leave()
+            if any_of(told.signal is not None):
+                told.leave()
 
     def _checkpoint(self) -> None:
         if self.out is None:
@@ -405,13 +404,11 @@ class Trainer:
                 raise ValueError(f"out={str(self.out)!r} holds a run already; name another folder, or resume it with 'auto'")
             return
         state = checkpoints.newest()
-        if any_of(state is None) and state is not None:
-            raise ValueError(f"another process found no checkpoint: out={str(self.out)!r} must be one folder for all")
+        if len(set(gathered(None if state is None else state["step"]))) > 1:
+            raise ValueError(f"the processes found different checkpoints: out={str(self.out)!r} must be one folder for all")
         if state is None:
             return
         self.load_state_dict(state)
-        if len(set(gathered(self.step))) > 1:
-            raise ValueError(f"the processes found different checkpoints: out={str(self.out)!r} must be one folder for all")
         own = state["processes"]
         if len(own) == processes.world():
             self._load_own_state(own[processes.rank()])
