@@ -76,9 +76,9 @@ void def_momentum(py::module_& m, const char* name) {
 
 template <auto kernel>
 void def_start(py::module_& m, const char* name) {
-  m.def(name, [](uintptr_t out, uintptr_t x, int64_t samples, int64_t size, int dtype, double eps, double lo, double hi,
-                 uintptr_t radii, int64_t seed, uintptr_t numbers, uint32_t step, uintptr_t where) {
-    const StartArgs args{pointer<void>(out),     pointer<void>(x), samples, size, DType(dtype), eps, lo, hi,
+  m.def(name, [](uintptr_t out, uintptr_t x, int64_t samples, int64_t copies, int64_t size, int dtype, double eps, double lo,
+                 double hi, uintptr_t radii, int64_t seed, uintptr_t numbers, uint32_t step, uintptr_t where) {
+    const StartArgs args{pointer<void>(out),     pointer<void>(x), samples, copies, size, DType(dtype), eps, lo, hi,
                          pointer<double>(radii), uint64_t(seed),   pointer<int64_t>(numbers), step};
     call(kernel, args, where);
   });
@@ -159,6 +159,7 @@ PYBIND11_MODULE(_C, m) {
   def_apgd<apgd_step_cpu>(m, "apgd_step");
   def_momentum<momentum_step_cpu>(m, "momentum_step");
   def_start<linf_start_cpu>(m, "linf_start");
+  def_start<normal_start_cpu>(m, "normal_start");
   def_hyperplane<linf_hyperplane_cpu>(m, "linf_hyperplane");
   def_hyperplane<l2_hyperplane_cpu>(m, "l2_hyperplane");
   def_hyperplane<l1_hyperplane_cpu>(m, "l1_hyperplane");
@@ -187,6 +188,7 @@ PYBIND11_MODULE(_C, m) {
   def_apgd<apgd_step_cuda>(m, "apgd_step_cuda");
   def_momentum<momentum_step_cuda>(m, "momentum_step_cuda");
   def_start<linf_start_cuda>(m, "linf_start_cuda");
+  def_start<normal_start_cuda>(m, "normal_start_cuda");
   m.def("l2_workspace_cuda", [](int64_t samples, int64_t size, int dtype) {
     return l2_workspace_cuda(samples, size, DType(dtype));
   });

@@ -115,18 +115,28 @@ __global__ void __launch_bounds__(kStreamThreads)
   }
 }
 
-template <class S>
-__global__ void __launch_bounds__(kStreamThreads) linf_start_kernel(StartArgs args, bool vectorised) {
-  using T = arithmetic_t<S>;
+template <class T>
+FASTADV_FN LinfStart<T> start_of(const StartArgs& args, int64_t sample, LinfStart<T>) {
+  return {T(args.eps_of(sample)), T(args.lo), T(args.hi)};
+}
+template <class T>
+FASTADV_FN NormalStart<T> start_of(const StartArgs& args, int64_t sample, NormalStart<T>) {
+  return {T(args.eps_of(sample))};
+}
+
+template <class S, template <class> class Start>
+__global__ void __launch_bounds__(kStreamThreads) start_kernel(StartArgs args, bool vectorised) {
   const int64_t counters = ceil_div(args.size, 4);
   const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, stride = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t sample = blockIdx.y; sample < args.samples; sample += gridDim.y) {
-    const LinfStart<T> f{T(args.eps_of(sample)), T(args.lo), T(args.hi)};
+  for (int64_t row = blockIdx.y; row < args.rows(); row += gridDim.y) {
+    const int64_t sample = row / args.copies;
+    const auto f = start_of(args, sample, Start<arithmetic_t<S>>{});
     const uint64_t number = args.number_of(sample);
+    const uint32_t step = args.step + uint32_t(row % args.copies);
     const S* x = static_cast<const S*>(args.x) + sample * args.size;
-    S* out = static_cast<S*>(args.out) + sample * args.size;
+    S* out = static_cast<S*>(args.out) + row * args.size;
     for (int64_t c = first; c < counters; c += stride) {
-      const Words w = philox(args.seed, uint32_t(c), uint32_t(c >> 32) + args.step, uint32_t(number), uint32_t(number >> 32));
+      const Words w = philox(args.seed, uint32_t(c), uint32_t(c >> 32) + step, uint32_t(number), uint32_t(number >> 32));
       if (vectorised) {
         const auto from = reinterpret_cast<const Pack<S, 4>*>(x)[c];
         Pack<S, 4> to;
@@ -437,16 +447,20 @@ void momentum_step_cuda(const MomentumArgs& args, void* stream) {
   });
 }
 
-void linf_start_cuda(const StartArgs& args, void* stream) {
-  if (args.samples == 0 || args.size == 0) return;
-  const Launch plan = stream_launch(args.samples, ceil_div(args.size, 4));
+template <template <class> class Start>
+void launch_start(const char* name, const StartArgs& args, void* stream) {
+  if (args.rows() == 0 || args.size == 0) return;
+  const Launch plan = stream_launch(args.rows(), ceil_div(args.size, 4));
   dispatch(args.dtype, [&](auto s) {
     using S = decltype(s);
     constexpr size_t alignment = alignof(Pack<S, 4>);
     const bool vectorised = args.size % 4 == 0 && aligned(args.out, alignment) && aligned(args.x, alignment);
-    launch("linf_start", plan, stream, linf_start_kernel<S>, args, vectorised);
+    launch(name, plan, stream, start_kernel<S, Start>, args, vectorised);
   });
 }
+
+void linf_start_cuda(const StartArgs& args, void* stream) { launch_start<LinfStart>("linf_start", args, stream); }
+void normal_start_cuda(const StartArgs& args, void* stream) { launch_start<NormalStart>("normal_start", args, stream); }
 
 void l2_step_cuda(const StepArgs& args, void* stream) {
   if (args.samples == 0 || args.size == 0) return;

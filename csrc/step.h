@@ -64,16 +64,17 @@ struct MomentumArgs {
 };
 
 struct StartArgs {
-  void* out;      // [samples, size] of dtype
+  void* out;      // [samples * copies, size] of dtype: those of a sample one after the other
   const void* x;  // [samples, size] of dtype
-  int64_t samples, size;
+  int64_t samples, copies, size;
   DType dtype;
-  double eps, lo, hi;
+  double eps, lo, hi;   // of a normal start eps is the standard deviation, and there is no box
   const double* radii;  // [samples] or null: replaces eps sample by sample
   uint64_t seed;
   const int64_t* numbers;  // [samples] or null: replaces a sample's place in the batch
-  uint32_t step;
+  uint32_t step;           // of the first copy; each next one draws in the next step
 
+  FASTADV_FN int64_t rows() const { return samples * copies; }  // of out
   FASTADV_FN double eps_of(int64_t sample) const { return radii ? radii[sample] : eps; }
   FASTADV_FN uint64_t number_of(int64_t sample) const { return uint64_t(numbers ? numbers[sample] : sample); }
 };
@@ -87,6 +88,7 @@ void momentum_step_cpu(const MomentumArgs& args, int threads);
 // A uniform start in the linf ball: element e of a sample takes word e % 4 of the Philox counter (e / 4, its number) under the
 // seed; to the second of the counter's four words, which is 0 but in samples of 2^34 elements, the step is added modulo 2^32.
 void linf_start_cpu(const StartArgs& args, int threads);
+void normal_start_cpu(const StartArgs& args, int threads);  // Gaussian noise by the same words
 
 // The shortest d with <w, d> = gap and lo <= x + d <= hi, in one norm; point i takes plane i % planes.
 struct HyperplaneArgs {
@@ -109,6 +111,7 @@ void l1_step_cuda(const StepArgs& args, void* stream);
 void apgd_step_cuda(const ApgdArgs& args, void* stream);
 void momentum_step_cuda(const MomentumArgs& args, void* stream);
 void linf_start_cuda(const StartArgs& args, void* stream);
+void normal_start_cuda(const StartArgs& args, void* stream);
 
 // Bytes that l2_step_cuda needs in args.workspace on the current device: none where samples fit on chip.
 int64_t l2_workspace_cuda(int64_t samples, int64_t size, DType dtype);

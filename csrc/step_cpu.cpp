@@ -78,17 +78,19 @@ FASTADV_MULTIVERSION void momentum_move(S* adv, S* velocity, const G* grad, cons
   }
 }
 
-// Elements [begin, end) of one sample; begin is a multiple of kGrain. Words are drawn for a block that stays in L1, then used.
-template <class S, class T>
-FASTADV_MULTIVERSION void start(const StartArgs& args, int64_t sample, int64_t begin, int64_t end, LinfStart<T> f) {
+// Elements [begin, end) of one row; begin is a multiple of kGrain. Words are drawn for a block that stays in L1, then used.
+template <class S, class F>
+FASTADV_MULTIVERSION void start(const StartArgs& args, int64_t row, int64_t begin, int64_t end, F f) {
   constexpr int kCounters = 256;
   alignas(64) uint32_t words[4 * kCounters];
-  S* out = static_cast<S*>(args.out) + sample * args.size;
+  const int64_t sample = row / args.copies;
+  S* out = static_cast<S*>(args.out) + row * args.size;
   const S* x = static_cast<const S*>(args.x) + sample * args.size;
   const uint64_t seed = args.seed, number = args.number_of(sample);
+  const uint32_t step = args.step + uint32_t(row % args.copies);
   for (int64_t block = begin; block < end; block += 4 * kCounters) {
     const uint64_t first = uint64_t(block / 4);  // a multiple of kCounters: its low word does not overflow below
-    const uint32_t low = uint32_t(first), high = uint32_t(first >> 32) + args.step;
+    const uint32_t low = uint32_t(first), high = uint32_t(first >> 32) + step;
 #pragma omp simd
     for (int k = 0; k < kCounters; ++k) {
       const Words w = philox(seed, low + uint32_t(k), high, uint32_t(number), uint32_t(number >> 32));
@@ -311,19 +313,33 @@ void momentum_step_cpu(const MomentumArgs& args, int threads) {
   });
 }
 
-void linf_start_cpu(const StartArgs& args, int threads) {
+// `of` says what is done with a word in a sample, in arithmetic of the type that it is given a zero of.
+template <class Of>
+void starts(const StartArgs& args, int threads, Of of) {
   dispatch(args.dtype, [&](auto s) {
     using S = decltype(s);
-    using T = arithmetic_t<S>;
-    const int64_t pieces = (args.size + kGrain - 1) / kGrain;  // of a sample
-    prefer_huge_pages(args.out, args.samples * args.size * int64_t(sizeof(S)));
-    parallel_chunks(args.samples * pieces, rows_per_chunk(std::min(args.size, kGrain)), threads, [&](int64_t from, int64_t to) {
+    const int64_t pieces = (args.size + kGrain - 1) / kGrain;  // of a row
+    prefer_huge_pages(args.out, args.rows() * args.size * int64_t(sizeof(S)));
+    parallel_chunks(args.rows() * pieces, rows_per_chunk(std::min(args.size, kGrain)), threads, [&](int64_t from, int64_t to) {
       for (int64_t piece = from; piece < to; ++piece) {
-        const int64_t sample = piece / pieces, begin = piece % pieces * kGrain;
-        const LinfStart<T> f{T(args.eps_of(sample)), T(args.lo), T(args.hi)};
-        start<S>(args, sample, begin, std::min(begin + kGrain, args.size), f);
+        const int64_t row = piece / pieces, begin = piece % pieces * kGrain;
+        start<S>(args, row, begin, std::min(begin + kGrain, args.size), of(row / args.copies, arithmetic_t<S>(0)));
       }
     });
+  });
+}
+
+void linf_start_cpu(const StartArgs& args, int threads) {
+  starts(args, threads, [&](int64_t sample, auto zero) {
+    using T = decltype(zero);
+    return LinfStart<T>{T(args.eps_of(sample)), T(args.lo), T(args.hi)};
+  });
+}
+
+void normal_start_cpu(const StartArgs& args, int threads) {
+  starts(args, threads, [&](int64_t sample, auto zero) {
+    using T = decltype(zero);
+    return NormalStart<T>{T(args.eps_of(sample))};
   });
 }
 

@@ -1,11 +1,16 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what JSON can hold."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 
 @contextmanager
@@ -22,3 +27,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """What ``json.dumps`` takes: dataclasses and mappings as dicts, tensors as lists, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(v) for name, v in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

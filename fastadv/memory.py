@@ -20,7 +20,7 @@ def alike(out: Tensor, first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         return out, first, *others
     layout = dense_layout(first)
     sources = [t.contiguous(memory_format=layout) for t in (first, *others)]
-    return out if out.is_contiguous(memory_format=layout) else torch.empty_like(sources[0]), *sources
+    return out if out.is_contiguous(memory_format=layout) else torch.empty_like(out, memory_format=layout), *sources
 
 
 Row = tuple[Tensor, Tensor, Tensor]

@@ -172,11 +172,30 @@ def _launch_momentum(
 
 
 def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int, samples: Tensor | None, step: int) -> None:
+    _start("linf_start", out, x, eps, lo, hi, seed, samples, step, 1)
+
+
+def normal_start(out: Tensor, x: Tensor, std: Scalar, seed: int, samples: Tensor | None, step: int, copies: int) -> None:
+    _start("normal_start", out, x, std, -math.inf, math.inf, seed, samples, step, copies)
+
+
+def _start(
+    name: str,
+    out: Tensor,
+    x: Tensor,
+    eps: Scalar,
+    lo: float,
+    hi: float,
+    seed: int,
+    samples: Tensor | None,
+    step: int,
+    copies: int,
+) -> None:
     target, x = alike(out, x)
     eps, radii = float64_per_sample(eps, x)
     numbers, count = _int64(samples), x.shape[0]
     _launch(
-        "linf_start", x, target.data_ptr(), x.data_ptr(), count, x.numel() // count if count else 0,
+        name, x, target.data_ptr(), x.data_ptr(), count, copies, x.numel() // count if count else 0,
         _DTYPES[x.dtype], eps, lo, hi, _address(radii), seed, _address(numbers), step,
     )  # fmt: skip
     if target is not out:

@@ -28,7 +28,7 @@ from .reference.step import Scalar
 
 STEPS = ("linf_step", "l2_step", "l1_step")
 UPDATES = ("apgd_step", "momentum_step")
-STARTS = ("linf_start",)
+STARTS = ("linf_start", "normal_start")
 HYPERPLANES = ("linf_hyperplane", "l2_hyperplane", "l1_hyperplane")
 WEIGHTS = ("weight_sums", "perturb")
 LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted", "kl", "se")
@@ -451,13 +451,7 @@ def linf_start(
     """
     op = "linf_start"
     _check_step(op, out, x, x, x, 0.0, eps)
-    if samples is not None and (samples.shape != x.shape[:1] or samples.dtype != torch.int64 or samples.device != x.device):
-        raise ValueError(f"{op}: samples must be int64 [{len(x)}] on {x.device}; got {describe(samples)}")
-    for name, word, bits in (("seed", seed, 64), ("step", step, 32)):
-        if not 0 <= word < 2**bits:
-            raise ValueError(f"{op}: {name} must be in [0, 2^{bits}); got {word}")
-    if seed >= 2**63:
-        seed -= 2**64  # the same bits, as the signed integer that schema and kernels take
+    seed = _checked_seed(op, x, seed, samples, step)
     if _through_dispatcher(x):
         value, radii = (0.0, eps) if isinstance(eps, Tensor) else (eps, None)
         started: Tensor = torch.ops.fastadv.linf_start(x.detach(), value, lo, hi, seed, samples, step, radii)
@@ -467,6 +461,73 @@ def linf_start(
     _implementation_for(op, x)(out, x, eps, lo, hi, seed, samples, step)
     _written(out)
     return out
+
+
+def normal_start(
+    x: Tensor,
+    std: Scalar,
+    seed: int = 0,
+    samples: Tensor | None = None,
+    step: int = 0,
+    copies: int = 1,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Noisy copies of each sample in one pass: ``x + std z``, z standard normal; nothing is clamped.
+
+    Args:
+        x: [N, ...], floating. Not differentiable.
+        std: standard deviation in units of x, float or [N].
+        seed, samples: as of :func:`linf_start`, whose random words these are: another step or seed gives other numbers.
+        step: of the first copy; copy k of a sample draws in step + k, modulo 2^32.
+        copies: of each sample, >= 1.
+        out: tensor like x, but [N * copies, ...], to write into; default: a new one. x itself where there is one copy.
+
+    Returns:
+        [N * copies, ...], the copies of a sample one after the other. |z| is at most 6.34, which a normal number
+        exceeds once in 4 billion.
+
+    Raises:
+        ValueError: as :func:`linf_start`; std is negative; copies is no positive integer.
+    """
+    op = "normal_start"
+    if not (isinstance(copies, int) and copies >= 1):
+        raise ValueError(f"{op}: copies must be an integer >= 1; got {copies!r}")
+    _check_step(op, None, x, x, x, 0.0, 0.0)
+    _check_per_sample(op, x, std=std)
+    if not isinstance(std, Tensor) and not std >= 0:
+        raise ValueError(f"{op}: std must be >= 0; got {std}")
+    seed = _checked_seed(op, x, seed, samples, step)
+    shape = (len(x) * copies, *x.shape[1:])
+    if out is not None and (out.shape != shape or out.dtype != x.dtype or out.device != x.device):
+        raise ValueError(f"{op}: out must be {x.dtype} {list(shape)} on {x.device}; got {describe(out)}")
+    if _through_dispatcher(x):
+        value, values = (0.0, std) if isinstance(std, Tensor) else (std, None)
+        noisy: Tensor = torch.ops.fastadv.normal_start(x.detach(), value, seed, samples, step, copies, values)
+        return noisy if out is None else out.copy_(noisy)
+    if out is None:
+        out = _copies_of(x, copies)
+    _implementation_for(op, x)(out, x, std, seed, samples, step, copies)
+    _written(out)
+    return out
+
+
+def _checked_seed(op: str, x: Tensor, seed: int, samples: Tensor | None, step: int) -> int:
+    """The seed's bits as the signed integer that schema and kernels take."""
+    if samples is not None and (samples.shape != x.shape[:1] or samples.dtype != torch.int64 or samples.device != x.device):
+        raise ValueError(f"{op}: samples must be int64 [{len(x)}] on {x.device}; got {describe(samples)}")
+    for name, word, bits in (("seed", seed, 64), ("step", step, 32)):
+        if not 0 <= word < 2**bits:
+            raise ValueError(f"{op}: {name} must be in [0, 2^{bits}); got {word}")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _copies_of(x: Tensor, copies: int) -> Tensor:
+    """Room for them, in x's layout."""
+    if copies == 1:
+        return torch.empty_like(x)
+    layout = reference.step.dense_layout(x)
+    return torch.empty((len(x) * copies, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 # ------------------------------------------------------------------------------------------------------------ hyperplanes
@@ -829,18 +890,30 @@ def _register_update(op: str, tensors: str, scalars: Sequence[str], rest: str) -
     _register(f"{op}_({tensors}, {floats}, {rest}, {optional}) -> ()", kernel, lambda *args: None)
 
 
-def _register_start(op: str) -> None:
-    def kernel(
+def _register_starts() -> None:
+    def linf(
         x: Tensor, eps: float, lo: float, hi: float, seed: int, samples: Tensor | None, step: int, radii: Tensor | None
     ) -> Tensor:
         out = torch.empty_like(x)
-        _implementation_for(op, x)(out, x, eps if radii is None else radii, lo, hi, seed, samples, step)
+        _implementation_for("linf_start", x)(out, x, eps if radii is None else radii, lo, hi, seed, samples, step)
         return out
 
-    schema = (  # SymInt: another seed or step compiles nothing anew
-        f"{op}(Tensor x, float eps, float lo, float hi, SymInt seed, Tensor? samples, SymInt step, Tensor? radii) -> Tensor"
+    def normal(x: Tensor, std: float, seed: int, samples: Tensor | None, step: int, copies: int, stds: Tensor | None) -> Tensor:
+        out = _copies_of(x, copies)
+        _implementation_for("normal_start", x)(out, x, std if stds is None else stds, seed, samples, step, copies)
+        return out
+
+    drawn = "SymInt seed, Tensor? samples, SymInt step"  # SymInt: another seed or step compiles nothing anew
+    _register(
+        f"linf_start(Tensor x, float eps, float lo, float hi, {drawn}, Tensor? radii) -> Tensor",
+        linf,
+        lambda x, *_: torch.empty_like(x),
     )
-    _register(schema, kernel, lambda x, *_: torch.empty_like(x))
+    _register(
+        f"normal_start(Tensor x, float std, {drawn}, int copies, Tensor? stds) -> Tensor",
+        normal,
+        lambda x, std, seed, samples, step, copies, stds: _copies_of(x, copies),
+    )
 
 
 def _register_hyperplane(op: str) -> None:
@@ -937,7 +1010,7 @@ _register_update(
     ("alpha", "decay", "eps"),
     "float lo, float hi",
 )
-_register_start("linf_start")
+_register_starts()
 for _op in HYPERPLANES:
     _register_hyperplane(_op)
 _register_weights()

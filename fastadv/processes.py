@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(days=14)  # of a group
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -78,3 +82,22 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+class Group:
+    """The processes that share a long work of single samples: one, or the ranks of torch.distributed.
+
+    They meet in a group of their own, of CPU tensors and with no time limit worth mentioning: one may be far ahead.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.number = rank(), world()
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.number > 1 else None
+
+    def gathered(self, mine: T) -> list[T]:
+        """Of each process what it gave; all wait for all."""
+        if self._group is None:
+            return [mine]
+        everyone: list[T] = [mine] * self.number
+        dist.all_gather_object(everyone, mine, group=self._group)
+        return everyone

@@ -8,6 +8,7 @@ from . import loss, step, weights
 OPS = {
     "linf_step": step.linf_step,
     "linf_start": step.linf_start,
+    "normal_start": step.normal_start,
     "l2_step": step.l2_step,
     "l1_step": step.l1_step,
     "apgd_step": step.apgd_step,

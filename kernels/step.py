@@ -96,15 +96,8 @@ def linf_step_kernel(
     tl.store(p_out + o, b.to(p_out.dtype.element_ty), mask=m)
 
 
-# Seed and step differ from call to call: specialising on their values would compile the kernel again.
-@triton.jit(do_not_specialize=["seed", "step"])
-def linf_start_kernel(
-    p_out, p_x, p_radii, p_numbers, eps: tl.float64, lo: tl.float64, hi: tl.float64, seed: tl.int64, step: tl.int64, size,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    i_sample, i_block = place(size, BLOCK)
-    eps = scalar(eps, p_radii, i_sample, ACC)
-    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+@triton.jit
+def random_words(seed, step, i_sample, p_numbers, i_block, BLOCK: tl.constexpr):
     o_counter = i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     o_number = tl.zeros([BLOCK // 4], tl.int64) + scalar(i_sample, p_numbers, i_sample, tl.int64)
     b_0, b_1, b_2, b_3 = tl.philox(
@@ -114,12 +107,65 @@ def linf_start_kernel(
         o_number.to(tl.uint32),
         (o_number >> 32).to(tl.uint32),
     )
-    b_word = tl.interleave(tl.interleave(b_0, b_2), tl.interleave(b_1, b_3))  # 0 1 2 3 of each counter in turn
+    return tl.interleave(tl.interleave(b_0, b_2), tl.interleave(b_1, b_3))  # 0 1 2 3 of each counter in turn
+
+
+# Seed and step differ from call to call: specialising on their values would compile the kernel again.
+@triton.jit(do_not_specialize=["seed", "step"])
+def linf_start_kernel(
+    p_out, p_x, p_radii, p_numbers, eps: tl.float64, lo: tl.float64, hi: tl.float64, seed: tl.int64, step: tl.int64, size,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_sample, i_block = place(size, BLOCK)
+    eps = scalar(eps, p_radii, i_sample, ACC)
+    lo, hi = tl.full((), lo, ACC), tl.full((), hi, ACC)
+    b_word = random_words(seed, step, i_sample, p_numbers, i_block, BLOCK)
     b_u = ((b_word >> 8).to(tl.int32) - 8388608).to(ACC) * (1.0 / 8388608)  # [-1, 1) in steps of 2^-23
     o = i_block * BLOCK + tl.arange(0, BLOCK)
     m = o < size
     o += i_sample * size
     tl.store(p_out + o, clamp(load(p_x, o, m, ACC) + eps * b_u, lo, hi).to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def normal(b_word, ACC: tl.constexpr):
+    # As normal() in csrc/math.h.
+    b_q = ((b_word >> 1).to(tl.int32).to(ACC) + 0.5) * (1.0 / 4294967296.0)
+    b_w = -tl.log(4 * b_q * (1 - b_q))
+    b_near, b_far = b_w - 3, tl.sqrt(tl.where(b_w > 0, b_w, 0.0)) - 3.5
+    b_p = tl.full(b_q.shape, 4.76244099e-07, ACC)
+    b_p = b_p * b_near - 2.78265038e-06
+    b_p = b_p * b_near - 1.69058753e-05
+    b_p = b_p * b_near + 0.00027713409
+    b_p = b_p * b_near - 0.00118519707
+    b_p = b_p * b_near - 0.00811687838
+    b_p = b_p * b_near + 0.34171873
+    b_p = b_p * b_near + 2.29603561
+    b_r = tl.full(b_q.shape, -0.000270750392, ACC)
+    b_r = b_r * b_far + 0.000782027805
+    b_r = b_r * b_far - 0.00102686316
+    b_r = b_r * b_far + 0.00144144364
+    b_r = b_r * b_far - 0.00289236312
+    b_r = b_r * b_far + 0.00465632908
+    b_r = b_r * b_far + 1.42463229
+    b_r = b_r * b_far + 4.71708838
+    b_z = (1 - 2 * b_q) * tl.where(b_w < 6, b_p, b_r)
+    return tl.where((b_word & 1) != 0, -b_z, b_z)
+
+
+@triton.jit(do_not_specialize=["seed", "step"])
+def normal_start_kernel(
+    p_out, p_x, p_stds, p_numbers, std: tl.float64, seed: tl.int64, step: tl.int64, copies, size,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_row, i_block = place(size, BLOCK)
+    i_sample = i_row // copies
+    std = scalar(std, p_stds, i_sample, ACC)
+    b_z = normal(random_words(seed, step + i_row % copies, i_sample, p_numbers, i_block, BLOCK), ACC)
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    m = o < size
+    b_x = load(p_x, i_sample * size + o, m, ACC)
+    tl.store(p_out + i_row * size + o, (b_x + std * b_z).to(p_out.dtype.element_ty), mask=m)
 
 
 # ----------------------------------------------------------------------------------------------------------------- momentum
@@ -525,13 +571,22 @@ def momentum_step(
 
 def linf_start(out: Tensor, x: Tensor, eps: Scalar, lo: float, hi: float, seed: int, samples: Tensor | None, step: int) -> None:
     """Writes a random start into ``out``; arguments as :func:`fastadv.ops.linf_start`."""
+    _start(linf_start_kernel, out, x, eps, samples, (lo, hi, seed, step))
+
+
+def normal_start(out: Tensor, x: Tensor, std: Scalar, seed: int, samples: Tensor | None, step: int, copies: int) -> None:
+    """Writes noisy copies into ``out``; arguments as :func:`fastadv.ops.normal_start`."""
+    _start(normal_start_kernel, out, x, std, samples, (seed, step, copies))
+
+
+def _start(kernel: Any, out: Tensor, x: Tensor, size_of_noise: Scalar, samples: Tensor | None, more: tuple[Any, ...]) -> None:
     target, x = alike(out, x)
-    eps, radii = float64_per_sample(eps, x)
-    if x.numel():
+    value, values = float64_per_sample(size_of_noise, x)
+    if out.numel():
         size = x.numel() // x.shape[0]
         with device_of(x):
-            linf_start_kernel[(x.shape[0] * triton.cdiv(size, STREAM_BLOCK),)](
-                target, x, radii, None if samples is None else samples.contiguous(), eps, lo, hi, seed, step, size,
+            kernel[(out.shape[0] * triton.cdiv(size, STREAM_BLOCK),)](
+                target, x, values, None if samples is None else samples.contiguous(), value, *more, size,
                 ACC=arithmetic(x), BLOCK=STREAM_BLOCK, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     if target is not out:

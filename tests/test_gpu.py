@@ -151,25 +151,27 @@ def test_nan_infinite_and_zero_gradients(backend, op):
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
 
-def check_start(dtype: torch.dtype, shape: tuple[int, ...], scalars: str, layout: str) -> None:
+def check_start(op: str, dtype: torch.dtype, shape: tuple[int, ...], scalars: str, layout: str) -> None:
     x, seed = step_inputs(shape, dtype, dtype)[2], 2**64 - 12345
     eps, numbers, step = 0.3, None, 0
     if scalars == "per_sample":
         eps, numbers, step = torch.linspace(0, 0.5, len(x), dtype=torch.float64), sample_numbers(len(x)), 2**32 - 3
     on_device = None if numbers is None else on_gpu(numbers, "strided")
-    result = ops.linf_start(on_gpu(x, layout), eps, 0.0, 1.0, seed, on_device, step)
-    expected = reference.step.linf_start(arrange(x.double(), layout), eps, 0.0, 1.0, seed, numbers, step)
+    before, more = ((eps, 0.0, 1.0, seed), (step,)) if op == "linf_start" else ((eps, seed), (step, 3))
+    result = getattr(ops, op)(on_gpu(x, layout), *before, on_device, *more)
+    expected = getattr(reference.step, op)(arrange(x.double(), layout), *before, numbers, *more)
     assert result.dtype == dtype
-    torch.testing.assert_close(result.double().cpu(), expected, rtol=ROUNDING[dtype] / 2, atol=ROUNDING[dtype] / 10)
+    torch.testing.assert_close(result.double().cpu(), expected, rtol=ROUNDING[dtype] / 2, atol=ROUNDING[dtype] / 5)
 
 
 @pytest.mark.parametrize("scalars", ["shared", "per_sample"])
 @pytest.mark.parametrize("shape", SHAPES | LARGE_SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_starts(backend, dtype, shape, scalars):
+@pytest.mark.parametrize("op", ops.STARTS)
+def test_starts(backend, op, dtype, shape, scalars):
     shape = (SHAPES | LARGE_SHAPES)[shape]
     for layout in layouts(shape):
-        check_start(dtype, shape, scalars, layout)
+        check_start(op, dtype, shape, scalars, layout)
 
 
 def loss_inputs(op: str, rows: int, classes: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -353,10 +355,10 @@ def draw(op: str, seed: int, huge: bool = False) -> list[Tensor]:
         return [t.cuda() for t in (*written, grad, x, *scalars, *flags)]
     generator = torch.Generator().manual_seed(seed)
     x, noise, grad = torch.rand(shape, generator=generator), *torch.randn(2, *shape, generator=generator)
-    alpha, eps = sizes("linf_step" if op == "linf_start" else op, shape)
+    alpha, eps = sizes("linf_step" if op in ops.STARTS else op, shape)
     factor = 0.5 + torch.rand(2, shape[0], dtype=torch.float64, generator=generator)
     scalars = [(alpha * factor[0]), (eps * factor[1]).float()]
-    if op == "linf_start":
+    if op in ops.STARTS:
         return [t.cuda() for t in (x, scalars[1], sample_numbers(len(x)) + seed)]
     return [t.cuda() for t in (x + 0.1 * noise, grad, x, *scalars)]
 
@@ -375,9 +377,12 @@ def call(op: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         written = [t.clone() for t in inputs[:count]]
         getattr(ops, f"{op}_")(*written, *inputs[count : count + 5], 0.0, 1.0, *inputs[count + 5 :])
         return tuple(written)
-    if op in ops.STARTS:
+    if op == "linf_start":
         x, eps, numbers = inputs
         return (ops.linf_start(x, eps, 0.0, 1.0, 99, numbers, 3),)
+    if op == "normal_start":
+        x, std, numbers = inputs
+        return (ops.normal_start(x, std, 99, numbers, 3, 2),)
     return getattr(ops, op.split()[0])(*inputs)
 
 
@@ -588,8 +593,8 @@ def test_small_run(backend, op):
             for scalars in ("shared", "per_sample"):
                 if op in ops.UPDATES:
                     check_update(op, (dtype, dtype), shape, scalars, Tensor.cuda)
-                elif op == "linf_start":
-                    check_start(dtype, shape, scalars, "contiguous")
+                elif op in ops.STARTS:
+                    check_start(op, dtype, shape, scalars, "contiguous")
                 else:
                     check_step(op, (dtype, dtype), shape, scalars, "contiguous")
     torch.cuda.synchronize()

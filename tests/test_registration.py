@@ -47,6 +47,8 @@ def test_opcheck_updates(op, per_sample):
 def test_opcheck_start(per_sample):
     numbers, radii = (torch.arange(4) + 2**40, torch.rand(4)) if per_sample else (None, None)
     opcheck(torch.ops.fastadv.linf_start.default, (torch.rand(4, 3, 5, 5), 0.1, 0.0, 1.0, -9, numbers, 7, radii))
+    for x in (torch.rand(4, 3, 5, 5), torch.rand(4, 3, 5, 5).to(memory_format=torch.channels_last)):
+        opcheck(torch.ops.fastadv.normal_start.default, (x, 0.1, -9, numbers, 7, 3, radii))
 
 
 @pytest.mark.parametrize("op", LABEL_LOSSES)
@@ -121,7 +123,7 @@ def test_other_seeds_and_steps_compile_nothing_anew():
     x, numbers, graphs = torch.rand(4, 3, 5, 5), torch.arange(4) + 2**40, []
 
     def start(x, numbers, seed, step):
-        return ops.linf_start(x, 0.1, 0.0, 1.0, seed, numbers, step) + 1
+        return ops.normal_start(ops.linf_start(x, 0.1, 0.0, 1.0, seed, numbers, step), 0.1, seed, numbers, step, 2) + 1
 
     def backend(graph, inputs):
         graphs.append(graph)

@@ -387,16 +387,98 @@ def test_start_is_uniform_independent_and_keyed_by_sample(backend):
     assert (u * other).mean().abs() < 5 / math.sqrt(u.numel())
 
 
-def test_start_does_not_depend_on_the_number_of_threads():
+def test_starts_do_not_depend_on_the_number_of_threads():
     x, threads = torch.rand(3, 3, 129, 131), torch.get_num_threads()
     try:
         results = []
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            results.append(ops.linf_start(x, 0.1, 0.0, 1.0, 3))
+            results.append(torch.cat([ops.linf_start(x, 0.1, 0.0, 1.0, 3), ops.normal_start(x, 0.1, 3, copies=2)]))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+NOISE_CASES = [case for case in START_CASES if case.values[3] == "contiguous" or case.values[4] == "per_sample"]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "shape", "layout", "scalars"), NOISE_CASES)
+def test_every_backend_makes_the_noise_of_the_reference(backend, dtype, shape, layout, scalars):
+    x = arrange(step_inputs(SHAPES[shape], dtype, dtype)[2], layout)
+    std, more = 0.3, []
+    if scalars == "per_sample":
+        std, more = torch.linspace(0, 0.5, len(x), dtype=torch.float64), [sample_numbers(len(x)), 2**32 - 2, 3]
+    result = run("normal_start", backend, x, std, 2**64 - 12345, *more)
+    expected = reference.normal_start(x.double(), std, 2**64 - 12345, *more)
+    assert result.dtype == dtype
+    assert result.shape == expected.shape
+    if layout != "strided" and not more:
+        assert result.stride() == x.stride()
+    # Where q is about 1/2, fp32 rounds 1 - 2q to a multiple of 2^-24.
+    torch.testing.assert_close(result.double(), expected, rtol=ROUNDING[dtype] / 2, atol=ROUNDING[dtype] / 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noise_is_normal(backend):
+    """The distribution function, at its steps, within 5 standard errors; and nothing moves with anything."""
+    x = torch.zeros(4, 5003, dtype=torch.float64) if backend == "triton" else torch.zeros(100, 5003, dtype=torch.float64)
+    z, n = run("normal_start", backend, x, 1.0, 7), x.numel()
+    for at in (-4.0, -2.5, -1.0, -0.1, 0.0, 0.5, 1.7, 2.4, 3.0):
+        p = 0.5 * math.erfc(-at / math.sqrt(2))
+        assert abs(float((z < at).double().mean()) - p) < 5 * math.sqrt(p * (1 - p) / n) + 1 / n, at
+    pairs = [(z[:, 1:] * z[:, :-1]).mean(), (z[1:] * z[:-1]).mean(), (z * run("normal_start", backend, x, 1.0, 8)).mean()]
+    assert max(map(abs, pairs)) < 5 / math.sqrt(n)
+
+
+def test_noise_is_the_inverse_of_the_normal_distribution(monkeypatch):
+    """Of q, into the far tail, as torch knows it; and the sign is that of the lowest bit."""
+    words = torch.cat([torch.arange(0, 4000), torch.arange(0, 2**32, 2**20 + 7), 2**32 - 1 - torch.arange(4000)])
+    monkeypatch.setattr(reference, "random_words", lambda x, *_: words[None])
+    z = reference.normal_start(torch.zeros(1, len(words), dtype=torch.float64), 1.0)[0]
+    q = ((words >> 1).double() + 0.5) / 2**32
+    exact = -torch.special.ndtri(q) * (1 - 2 * (words & 1))
+    torch.testing.assert_close(z, exact, rtol=4e-7, atol=0)
+    assert 6.33 < z.max() < 6.34
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_is_a_step_of_its_own(backend):
+    x, numbers, step = torch.rand(3, 3, 4, 3), sample_numbers(3), 2**32 - 2
+    std = torch.tensor([0.1, 0.0, 2.0])
+    copies = run("normal_start", backend, x, std, 5, numbers, step, 4)
+    assert copies.shape == (12, 3, 4, 3)
+    for k in range(4):
+        alone = run("normal_start", backend, x, std, 5, numbers, (step + k) % 2**32)
+        assert torch.equal(copies[k::4], alone)
+    assert torch.equal(copies[4:8], x[1:2].expand(4, -1, -1, -1))  # of std 0
+    place = torch.empty_like(copies)
+    assert run("normal_start", backend, x, std, 5, numbers, step, 4, out=place) is place
+    assert torch.equal(place, copies)
+    run("normal_start", backend, x, std, 5, numbers, step, out=x)
+    assert torch.equal(x, copies[::4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.rand(2, 3), -0.1), "std must be >= 0; got -0.1"),
+        ((torch.rand(2, 3), torch.ones(3)), r"std must be a float or have shape \[2\]"),
+        ((torch.rand(2, 3).long(), 0.1), "floating dtype"),
+        ((torch.rand(2, 3), 0.1, -1), r"seed must be in \[0, 2\^64\)"),
+        ((torch.rand(2, 3), 0.1, 0, torch.arange(3)), r"samples must be int64 \[2\]"),
+        ((torch.rand(2, 3), 0.1, 0, None, 2**32), r"step must be in \[0, 2\^32\)"),
+        ((torch.rand(2, 3), 0.1, 0, None, 0, 0), "copies must be an integer >= 1; got 0"),
+        ((torch.rand(2, 3), 0.1, 0, None, 0, 2.0), "copies must be an integer >= 1; got 2.0"),
+    ],
+)
+def test_bad_noise_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ops.normal_start(*arguments)
+
+
+def test_the_place_of_copies_must_fit():
+    with pytest.raises(ValueError, match=r"out must be torch.float32 \[4, 3\] on cpu; got \[2, 3\]"):
+        ops.normal_start(torch.rand(2, 3), 0.1, copies=2, out=torch.empty(2, 3))
 
 
 BALL = (torch.rand(2, 3), 0.1, 0.0, 1.0)

@@ -27,6 +27,7 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, 
 STEPS = [
     ("linf_step", "fp32 fp32", 3072), ("linf_step", "fp32 bf16 per_sample", 3072), ("linf_step", "fp64 fp64", 3072),
     ("linf_start", "fp32 fp32", 3072), ("linf_start", "bf16 bf16", 3072),
+    ("normal_start", "fp32 fp32", 3072), ("normal_start", "bf16 bf16", 3072),
     ("l2_step", "fp32 fp32", 8192), ("l2_step", "fp32 bf16 per_sample", 3072), ("l2_step", "fp64 fp64", 4096),
     ("l2_step", "fp32 fp32", 150528),
     ("l1_step", "fp32 fp32", 3072), ("l1_step", "fp64 fp64", 150528),
@@ -36,7 +37,8 @@ STEPS = [
     # The launcher makes a size of 1 a constant and one past 2^31 a 64-bit argument: other programs again.
     *(
         (op, "fp32 fp32 per_sample", size)
-        for op in ("linf_step", "linf_start", "l2_step", "l1_step", "apgd_step", "momentum_step") for size in (1, 3 << 31)
+        for op in ("linf_step", "linf_start", "normal_start", "l2_step", "l1_step", "apgd_step", "momentum_step")
+        for size in (1, 3 << 31)
     ),
 ]  # fmt: skip
 LOSSES = [
@@ -119,6 +121,9 @@ def call(op: str, types: str, size: int) -> None:
     elif op == "linf_start":
         numbers = empty("i64", 16) if "per_sample" in rest else None
         OPS[op](t, t, eps, 0.0, 1.0, 12345, numbers, 1)
+    elif op == "normal_start":
+        numbers = empty("i64", 16) if "per_sample" in rest else None
+        OPS[op](empty(dtype, 48, size), t, eps, 12345, numbers, 1, 3)
     elif op.endswith("step"):
         OPS[op](t, t, empty(rest[0], 16, size), t, eps, eps, 0.0, 1.0, *[0.02] * (op == "l1_step"))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import TypeAlias
 
@@ -57,12 +58,9 @@ class Draws:
         return ((words >> 8).to(dtype) * 2.0**-24).view(len(self), *shape)
 
     def normal(self, step: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, *shape], standard normal (Box and Muller)."""
-        half = (math.prod(shape) + 1) // 2
-        u, v = self.uniform(step, 2, half, dtype=torch.float64).unbind(1)
-        radius, angle = (-2 * (u + 2.0**-25).log()).sqrt(), 2 * math.pi * v
-        both = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
-        return both[:, : math.prod(shape)].to(dtype).view(len(self), *shape)
+        """[N, *shape], standard normal."""
+        zero = torch.zeros((len(self), *shape), dtype=dtype, device=self.device)
+        return ops.normal_start(zero, 1.0, self.key, self.samples, step, out=zero)
 
     def laplace(self, step: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, *shape], two-sided exponential: the density of several is constant on l1 spheres."""
@@ -88,6 +86,12 @@ class Draws:
             philox(self.key, counter, torch.zeros_like(counter) + step, sample & _WORD, sample >> 32 & _WORD), -1
         )
         return words.flatten(1)[:, :size]
+
+
+def numbers_of(x: Tensor) -> Tensor:
+    """A number [N] for each image, by its content: what it draws then depends on nothing but itself and the seed."""
+    digests = [hashlib.blake2b(image.double().numpy().tobytes(), digest_size=8).digest() for image in x.detach().cpu()]
+    return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests], dtype=torch.int64)
 
 
 # Where random numbers come from. A generator, or None for torch's global one, gives other numbers in each call; Draws give the
@@ -126,12 +130,10 @@ def uniform_like(x: Tensor, source: Source, step: int = 0) -> Tensor:
 
 
 def normal_like(x: Tensor, source: Source, step: int = 0, std: float = 1.0) -> Tensor:
-    """Normal with mean 0, like x. By Draws through the inverse error function: at most 5.4 ``std`` from 0."""
+    """Normal with mean 0, like x."""
     if isinstance(source, Draws):
-        # Halfway between the neighbours in [-1, 1): without rounding, and never -1, which would give -inf.
-        middle = torch.full_like(x, 2.0**-24, dtype=torch.promote_types(x.dtype, torch.float32))
-        u = ops.linf_start(middle, 1.0, seed=source.key, samples=source.samples, step=step, out=middle)
-        return u.erfinv_().mul_(math.sqrt(2) * std).to(x.dtype)
+        zero = torch.zeros_like(x)
+        return ops.normal_start(zero, std, source.key, source.samples, step, out=zero)
     return torch.empty_like(x).normal_(std=std, generator=source)
 
 

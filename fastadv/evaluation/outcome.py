@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from .. import info
-from ..files import replacing
+from ..files import plain, replacing
 from .alarms import CHECKLIST, Alarm
 from .curves import Curves
 
@@ -118,7 +118,7 @@ class Evaluation:
             "environment": info.environment(),
             "samples": samples,
         }
-        return {name: _plain(value) for name, value in told.items()}
+        return {name: plain(value) for name, value in told.items()}
 
     def robustbench(self, **fields: Any) -> dict[str, Any]:
         """What a file of RobustBench's model_info holds, accuracies in percent as text.
@@ -194,17 +194,3 @@ def radius(eps: float) -> str:
     """0.3 as "0.3", 8/255 as "8/255"."""
     short, levels = f"{eps:g}", round(eps * 255)
     return f"{levels}/255" if float(short) != eps and math.isclose(levels / 255, eps) else short
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(v) for name, v in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

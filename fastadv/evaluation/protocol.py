@@ -8,25 +8,24 @@ without autocast, and must lie in ball and box.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks, processes
+from .. import checks
 from .._version import __version__
 from ..attacks import APGD, APGDT, FAB, FABT, PGD, Attack, EoT, Square
+from ..attacks.draws import numbers_of
 from ..attacks.norms import norms
 from ..engine import Model, attacking, unwrap
 from ..machine import device_name
+from ..processes import Group
 from ..progress import progress_bar
 from .alarms import probabilities, sanity_checks, square_beats_white_box
 from .outcome import Evaluation, Row
@@ -42,11 +41,7 @@ VERSIONS = {
 RUNS = 20  # of a randomised model, over which version "rand" takes the mean
 RANDOMISED, PROBABILITIES = "randomised model", "probabilities instead of logits"  # alarms about the model's answers
 ALARM_SAMPLES = 256  # evenly spaced
-PATIENCE = timedelta(days=14)  # with the other processes
 SLACK, ROUNDING = 1e-5, 2.0**-23  # of eps, and of each element: what rounding may add to a length
-
-
-T = TypeVar("T")
 
 
 def standard_attacks(version: str, norm: str) -> dict[str, tuple[Callable[..., Attack], dict[str, Any]]]:
@@ -147,7 +142,7 @@ def evaluate(
     settings["device"] = device_name(device)
 
     protocol = _Protocol(
-        judge, x, y, eps, norm, lo, hi, batch_size, device, Records(resume, header, keep_images), progress, _Processes()
+        judge, x, y, eps, norm, lo, hi, batch_size, device, Records(resume, header, keep_images), progress, Group()
     )
     with _exactly():
         protocol.run("clean", None)
@@ -191,12 +186,6 @@ def gathered(data: Any) -> tuple[Tensor, Tensor]:
     if not batches:
         raise ValueError("data must hold at least one batch; got none")
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-
-
-def numbers_of(x: Tensor) -> Tensor:
-    """A number [N] for each image, by its content: what it draws then depends on nothing but itself and the seed."""
-    digests = [hashlib.blake2b(image.double().numpy().tobytes(), digest_size=8).digest() for image in x.detach().cpu()]
-    return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests], dtype=torch.int64)
 
 
 def _attacks(
@@ -245,7 +234,7 @@ class _Protocol:
     device: torch.device
     records: Records
     progress: bool
-    processes: _Processes
+    processes: Group
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -339,25 +328,6 @@ class _Protocol:
             self._share(self.around["clean"][1]), self._share(self.robust), self.rows, self.broken_by, self.y.cpu(),
             self.predicted, self.distance, settings, x=x, x_adv=x_adv,
         )  # fmt: skip
-
-
-class _Processes:
-    """Those that evaluate together: one, or the ranks of torch.distributed.
-
-    They meet in a group of their own, of CPU tensors and with no time limit worth mentioning: one may be an attack ahead.
-    """
-
-    def __init__(self) -> None:
-        self.rank, self.number = processes.rank(), processes.world()
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.number > 1 else None
-
-    def gathered(self, mine: T) -> list[T]:
-        """Of each process what it gave; all wait for all."""
-        if self._group is None:
-            return [mine]
-        everyone: list[T] = [mine] * self.number
-        dist.all_gather_object(everyone, mine, group=self._group)
-        return everyone
 
 
 @contextlib.contextmanager

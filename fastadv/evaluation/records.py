@@ -58,15 +58,7 @@ class Records:
         self._found: dict[str, list[Record]] = {}
         if self.folder is None:
             return
-        path = self.folder / HEADER
-        if path.exists():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            if differing := sorted(k for k in {*header, *known} if header.get(k) != known.get(k)):
-                shown = "; ".join(f"{k}: {known.get(k)!r} there, {header.get(k)!r} here" for k in differing)
-                raise ValueError(f"resume={str(folder)!r} holds another evaluation ({shown}); name another folder or remove it")
-        else:
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(header, indent=1), encoding="utf-8")
+        claim(self.folder, header)
         for file in sorted(self.folder.glob("*.pt")):
             try:
                 record = Record(**torch.load(file, weights_only=True))
@@ -96,6 +88,23 @@ class Records:
         for record in self.of(attack):
             tried[record.samples] = True
         return tried
+
+
+def claim(folder: Path, header: dict[str, Any]) -> None:
+    """Says in the folder whose it is.
+
+    Raises:
+        ValueError: it is another one's; the message says in what they differ.
+    """
+    path = folder / HEADER
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if differing := sorted(k for k in {*header, *known} if header.get(k) != known.get(k)):
+            shown = "; ".join(f"{k}: {known.get(k)!r} there, {header.get(k)!r} here" for k in differing)
+            raise ValueError(f"resume={str(folder)!r} holds another evaluation ({shown}); name another folder or remove it")
+    else:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(header, indent=1), encoding="utf-8")
 
 
 def fingerprint(*tensors: Tensor) -> str:

@@ -156,6 +156,19 @@ def test_start_at_every_alignment(dtype, size):
             assert torch.equal(ops.linf_start(at_offset(x, of_x), *arguments, out=at_offset(x, of_out)), expected)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 8, 37, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_noise_at_every_alignment(dtype, size):
+    x, copies = step_inputs((3, size), dtype, dtype)[2], 3
+    room = torch.empty(3 * copies, size, dtype=dtype)
+    expected = ops.normal_start(x, 0.3, 5, sample_numbers(3), 2**32 - 2, copies)
+    wide = reference.step.normal_start(x.double(), 0.3, 5, sample_numbers(3), 2**32 - 2, copies)
+    torch.testing.assert_close(expected.double(), wide, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    for of_x, of_out, of_numbers, _ in OFFSETS:
+        numbers, out = at_offset(sample_numbers(3), of_numbers), at_offset(room, of_out)
+        assert torch.equal(ops.normal_start(at_offset(x, of_x), 0.3, 5, numbers, 2**32 - 2, copies, out=out), expected)
+
+
 def test_more_samples_than_a_grid_has_rows():
     samples = 65_537
     adv, grad, x = step_inputs((samples, 2), torch.float32, torch.float32)
@@ -164,6 +177,8 @@ def test_more_samples_than_a_grid_has_rows():
     for more in ((), (sample_numbers(samples),)):
         started = ops.linf_start(x, eps, 0.0, 1.0, 3, *more)
         torch.testing.assert_close(started, reference.step.linf_start(x, eps, 0.0, 1.0, 3, *more), rtol=1e-6, atol=1e-6)
+    noisy = ops.normal_start(x[:-2], eps[:-2], 3, copies=2)
+    torch.testing.assert_close(noisy, reference.step.normal_start(x[:-2], eps[:-2], 3, copies=2), rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------- weights

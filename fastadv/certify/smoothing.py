@@ -1,0 +1,246 @@
+"""Randomised smoothing: a classifier that is certainly right within an l2 ball, with a probability that one chooses.
+
+    smooth = fastadv.certify.Smooth(model, sigma=0.25)
+    certificates = smooth.certify(x, n=100_000)  # .labels, .radius
+
+Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing", 2019: where the model gives a class
+to x + z, z ~ N(0, sigma^2), with a probability of at least p > 1/2, the smoothed classifier, which answers the likeliest class,
+gives it to all x' with ``|x' - x|_2 < sigma Phi^-1(p)``. p is a lower bound from votes under noise, which is wrong once in
+1/alpha at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import checks, ops
+from ..attacks import EoT
+from ..attacks.draws import Draws, numbers_of
+from ..engine import Model, attacking, unwrap
+from ..reference.step import dense_layout
+
+ABSTAIN = -1  # in place of a class
+SELECTION, ESTIMATION, PREDICTION = (1 << 50) + 1, (1 << 50) + 2, (1 << 50) + 3  # streams of draws
+ROUNDS, ROUND = 20, 100  # how often voting pauses to see for whom it is decided, at most; and the votes of a round, at least
+
+
+@dataclass
+class Certificates:
+    """What :meth:`Smooth.certify` says of images [N].
+
+    Attributes:
+        labels: int64 [N], the class, or ABSTAIN (-1).
+        radius: float64 [N], of the l2 ball, in units of x, on which the smoothed classifier answers ``labels``; 0 where it
+            abstains. Each is right with a probability of at least 1 - alpha.
+        votes: int64 [N], for the chosen class (abstained or not).
+        runs: int64 [N], noisy images that were voted on, those of the selection not counted: n, or fewer where that decided.
+    """
+
+    labels: Tensor
+    radius: Tensor
+    votes: Tensor
+    runs: Tensor
+
+    def right(self, y: Tensor, radius: float = 0.0) -> Tensor:
+        """bool [N]: whether the answer is certainly y, within l2 distance ``radius`` of x."""
+        return (self.labels == y.to(self.labels)) & (self.radius >= radius)
+
+    @classmethod
+    def joined(cls, parts: list[Certificates]) -> Certificates:
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+class Smooth:
+    """The smoothed classifier of a model: the class that it gives most often to ``x + N(0, sigma^2)``. Noise is not clamped.
+
+    Args:
+        model: maps a batch [N, ...] to logits [N, C]; run in eval mode without gradients, and left as found. Train it on noise
+            of this sigma (``fastadv.RSTStability``, or images with noise in any training), or it sees nothing.
+        sigma: of the noise, in units of x.
+        seed: of all noise. Votes depend on it, on an image's values, and on nothing else: not on batches or their order.
+        batch_size: noisy images at once.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+
+    def __init__(self, model: Model, sigma: float, seed: int = 0, batch_size: int = 256) -> None:
+        if not callable(model):
+            raise ValueError(f"model must be callable on a batch; got {type(model).__name__}")
+        self.model, self.sigma = unwrap(model), checks.number("sigma", sigma, positive=True)
+        self.seed, self.batch_size = checks.integer("seed", seed, 0), checks.integer("batch_size", batch_size)
+
+    def predict(self, x: Tensor, n: int = 1000, alpha: float = 0.001) -> Tensor:
+        """int64 [N]: the likeliest class, or ABSTAIN where n votes cannot tell the first two apart.
+
+        An answer is wrong with a probability of at most ``alpha`` (a two-sided binomial test of the two classes' votes). Who is
+        decided whatever the remaining votes say casts no more.
+
+        Raises:
+            ValueError: x is no batch of finite images, or n or alpha is not as described.
+        """
+        n, alpha = _checked(x, n, alpha)
+
+        def decided(votes: Tensor, left: int, _: Tensor) -> Tensor:
+            first, second = votes.topk(2).values.unbind(1)
+            return tells_apart(first, second + left, alpha) | ~tells_apart(first + left, second, alpha)
+
+        votes, runs = self._vote(x, n, PREDICTION, decided)
+        first, second = votes.topk(2).values.unbind(1)
+        return torch.where(tells_apart(first, second + (n - runs), alpha), votes.argmax(1), ABSTAIN)
+
+    def certify(
+        self, x: Tensor, n0: int = 100, n: int = 100_000, alpha: float = 0.001, radius: float | None = None
+    ) -> Certificates:
+        """A class for each image and how far it certainly holds.
+
+        n0 noisy images choose the class, n others bound its probability from below (Clopper and Pearson). Who will abstain
+        whatever the remaining votes say casts no more.
+
+        Args:
+            x: images [N, ...].
+            alpha: how often a certificate may be wrong.
+            radius: ask only whether this radius is certified; then voting ends where that is decided, often after half of n.
+                ``Certificates.radius >= radius`` is what all votes would have said; a radius itself is a lower bound.
+
+        Raises:
+            ValueError: x is no batch of finite images, or a number is not as described.
+        """
+        n, alpha = _checked(x, n, alpha)
+        chosen = self._vote(x, checks.integer("n0", n0), SELECTION, lambda votes, *_: votes[:, 0] < 0)[0].argmax(1)
+        least = least_votes(n, alpha, 0.0)
+        enough = least if radius is None else least_votes(n, alpha, checks.number("radius", radius) / self.sigma)
+
+        def of_chosen(votes: Tensor, who: Tensor) -> Tensor:
+            return votes.gather(1, chosen[who, None])[:, 0]
+
+        def decided(votes: Tensor, left: int, who: Tensor) -> Tensor:
+            so_far = of_chosen(votes, who)
+            return (so_far + left < enough) | ((so_far >= enough) & (radius is not None))
+
+        votes, runs = self._vote(x, n, ESTIMATION, decided)
+        count = of_chosen(votes, torch.arange(len(x)))
+        return Certificates(
+            labels=torch.where(count >= least, chosen, ABSTAIN),
+            radius=self.sigma * distance(torch.where(count >= least, lower_bound(count, n, alpha), 0.5)),
+            votes=count,
+            runs=runs,
+        )
+
+    def expectation(self, samples: int = 20) -> EoT:
+        """The smoothed network for an attack: ``log mean softmax(model(x + noise))`` over so many draws a forward pass.
+
+        Its noise is from torch's global generator, another one each time (Salman et al., "Provably robust deep learning via
+        adversarially trained smoothed classifiers", 2019): ``fastadv.PGD(smooth.expectation(), eps=0.5, norm="l2")``.
+        """
+        return EoT(_Noisy(self.model, self.sigma), samples)
+
+    def _vote(self, x: Tensor, n: int, stream: int, decided: Callable[[Tensor, int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Votes [N, C] under n draws of noise, and how many were cast for each image [N], on the CPU.
+
+        ``decided(votes [M, C], left, who [M])`` says after each round for whom the ``left`` others change nothing.
+        """
+        numbers = numbers_of(x).to(x.device)
+        who, runs = torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64)
+        votes = torch.zeros(len(x), 2, dtype=torch.int64)
+        size = max(-(-n // ROUNDS), ROUND)
+        with attacking(self.model), torch.no_grad():
+            for first in range(0, n if len(x) else 0, size):
+                count = min(size, n - first)
+                rows = who.to(x.device)
+                cast = self._count(x[rows], numbers[rows], stream, first, count).cpu()
+                if first == 0:
+                    votes = torch.zeros(len(x), cast.shape[1], dtype=torch.int64)
+                votes[who] += cast
+                runs[who] += count
+                who = who[~decided(votes[who], n - first - count, who)]
+                if not len(who):
+                    break
+        return votes, runs
+
+    def _count(self, x: Tensor, numbers: Tensor, stream: int, first: int, count: int) -> Tensor:
+        """Votes [N, C] of draws first, first + 1, ... of each image, where the images are: nothing waits for a device."""
+        together = max(1, self.batch_size // count)  # images
+        copies = min(count, self.batch_size)
+        room = torch.empty_like(x[:1].expand(together * copies, *x.shape[1:]), memory_format=dense_layout(x))
+        parts = []
+        for images, of in zip(torch.split(x, together), torch.split(numbers, together), strict=True):
+            key, votes = Draws(self.seed, of, stream).key, None
+            for step in range(first, first + count, copies):
+                number = min(copies, first + count - step)
+                noisy = ops.normal_start(images, self.sigma, key, of, step, number, out=room[: len(images) * number])
+                logits = self.model(noisy)
+                checks.logits(logits, noisy, None)
+                classes = logits.shape[1]
+                predicted = logits.argmax(1).masked_fill(logits.isnan().any(1), classes)  # NaN is no class
+                if votes is None:
+                    votes = x.new_zeros(len(images), classes + 1, dtype=torch.int64)
+                predicted = predicted.view(len(images), number)
+                votes.scatter_add_(1, predicted, torch.ones_like(predicted))
+            assert votes is not None
+            parts.append(votes[:, :-1])
+        return torch.cat(parts)
+
+
+class _Noisy(nn.Module):
+    def __init__(self, model: Model, sigma: float) -> None:
+        super().__init__()
+        self.model, self.sigma = model, sigma
+        self.training = getattr(model, "training", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x + self.sigma * torch.randn_like(x))
+        return logits
+
+
+# ---------------------------------------------------------------------------------------------------------- what votes say
+
+
+def lower_bound(votes: Tensor, n: int, alpha: float) -> Tensor:
+    """float64, like votes: the probability of a class that got so many of n votes is at least this, but for one in 1/alpha.
+
+    One-sided, of Clopper and Pearson: the p for which so many votes or more have the probability ``alpha``.
+    """
+    from scipy.stats import beta
+
+    k = votes.numpy()
+    return torch.from_numpy(np.where(k > 0, beta.ppf(alpha, k, n - k + 1), 0.0))
+
+
+def least_votes(n: int, alpha: float, distance: float) -> int:
+    """The fewest of n votes whose :func:`lower_bound` is at least ``Phi(distance)``; n + 1 if n do not suffice."""
+    from scipy.stats import norm
+
+    lo, hi, p = 0, n + 1, norm.cdf(distance)
+    while lo < hi:  # the bound grows with the votes
+        middle = (lo + hi) // 2
+        lo, hi = (lo, middle) if float(lower_bound(torch.tensor(middle), n, alpha)) >= p else (middle + 1, hi)
+    return lo
+
+
+def distance(p: Tensor) -> Tensor:
+    """``Phi^-1(p)``: how many sigma away a class of probability p is still the likeliest."""
+    found: Tensor = torch.special.ndtri(p.double())
+    return found
+
+
+def tells_apart(first: Tensor, second: Tensor, alpha: float) -> Tensor:
+    """bool: so many votes for one class and fewer for another are no chance, by the two-sided binomial test at 1/2."""
+    from scipy.stats import binom
+
+    total = (first + second).numpy()
+    p = 2 * binom.sf(first.numpy() - 1, total, 0.5)
+    return (first > second) & torch.from_numpy(np.asarray(p <= alpha))
+
+
+def _checked(x: Tensor, n: int, alpha: float) -> tuple[int, float]:
+    checks.images(x, -math.inf, math.inf)
+    if not 0 < checks.number("alpha", alpha) < 1:
+        raise ValueError(f"alpha must be a probability in (0, 1); got {alpha}")
+    return checks.integer("n", n), float(alpha)
