@@ -1,4 +1,4 @@
-"""The command line: ``fastadv demo``, ``fastadv train``, ``fastadv report``, ``fastadv evaluate`` and ``fastadv info``."""
+"""The command line: ``fastadv demo``, ``train``, ``report``, ``evaluate``, ``certify`` and ``info``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.add_argument("--samples", type=int, default=1000, metavar="N", help="test images to attack (default: %(default)s)")
     folder.add_argument("--device", help="(default: a GPU where there is one)")
     _add_evaluate(commands.add_parser("evaluate", help="how robust a checkpoint is, by the attacks that publications use"))
+    _add_certify(commands.add_parser("certify", help="how far a checkpoint's answers certainly hold, by randomised smoothing"))
     commands.add_parser("info", help="what was built, and which backend runs each op and why")
     chosen = parser.parse_args(arguments)
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(chosen)
     if chosen.command == "evaluate":
         return _evaluate(chosen, sys.argv[1:] if arguments is None else arguments)
+    if chosen.command == "certify":
+        return _certify(chosen)
     from .info import report
 
     print(report())
@@ -72,20 +75,38 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--cost", action="store_true", help="only say what the run costs, in floating-point operations")
 
 
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+def _add_network(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a file of weights, or robustbench:NAME/DATASET/THREAT")
     add(
         "--data", required=True, metavar="FILE", help="digits (those of the demo), cifar10:FOLDER and so on, a .npz or .pt file"
     )
     add("--model", metavar="MODULE:FUNCTION", help="what builds the network, where the checkpoint does not say")
+    add("--samples", type=int, metavar="N", help="the first so many only")
+    add("--device", help="(default: a GPU where there is one)")
+
+
+def _add_certify(parser: argparse.ArgumentParser) -> None:
+    _add_network(parser)
+    add = parser.add_argument
+    add("--sigma", required=True, type=_number, help="of the noise, in units of x: 0.25")
+    add("--n", type=int, default=10_000, metavar="N", help="votes on each image (default: %(default)s; papers: 100000)")
+    add("--n0", type=int, default=100, metavar="N", help="votes that choose the class (default: %(default)s)")
+    add("--alpha", type=float, default=0.001, help="how often a certificate may be wrong (default: %(default)s)")
+    add("--radius", type=_number, help="ask for this l2 radius alone, which takes fewer votes")
+    add("--batch-size", type=int, default=256, metavar="N", help="noisy images at once (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--out", default="fastadv-certification", metavar="DIR", help="of the page, and to go on from (default: %(default)s)")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_network(parser)
+    add = parser.add_argument
     add("--eps", required=True, type=_number, help="radius in units of x: 0.3, 8/255")
     add("--norm", default="linf", choices=["linf", "l2", "l1"], help="(default: %(default)s)")
     versions = "standard, plus, rand, quick, or attacks by name: apgd-ce,square (default: %(default)s)"
     add("--version", default="standard", metavar="NAME", help=versions)
     add("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
-    add("--samples", type=int, metavar="N", help="the first so many only")
-    add("--device", help="(default: a GPU where there is one)")
     add("--seed", type=int, default=0, help="of the attacks (default: %(default)s)")
     add("--out", default="fastadv-evaluation", metavar="DIR", help="of the page, and to go on from (default: %(default)s)")
     add("--no-alarms", dest="alarms", action="store_false", help="do not look for signs of a flawed evaluation")
@@ -114,6 +135,25 @@ def _evaluate(chosen: argparse.Namespace, typed: Sequence[str]) -> int:
         return 2
     except (ValueError, OSError) as error:
         print(f"fastadv evaluate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. What was found is in {chosen.out}: the same command goes on from there.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _certify(chosen: argparse.Namespace) -> int:
+    try:
+        from .certify.command import run
+    except ImportError as error:
+        print(f"fastadv certify needs {error.name}: pip install 'fastadv[certify]'", file=sys.stderr)
+        return 2
+    settings = {name: value for name, value in vars(chosen).items() if name != "command"}
+    tune_allocator()
+    try:
+        run(**settings)
+    except (ValueError, OSError) as error:
+        print(f"fastadv certify: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nInterrupted. What was found is in {chosen.out}: the same command goes on from there.", file=sys.stderr)

@@ -25,7 +25,8 @@ STREAMING = [
     for storage in ("f", "d", "NS_4bf16E", "NS_3f16E")
 ]
 STREAMING += [
-    "linf_start_kernelIfE",
+    "start_kernelIfNS_9LinfStartE",
+    "start_kernelIfNS_11NormalStartE",
     "weight_sums_kernelE",
     "perturb_kernelE",
     *(f"loss_kernelIfLi8ENS0_{loss}EE" for loss in LOSSES),
@@ -60,12 +61,12 @@ def usage() -> dict[str, list[dict[str, int]]]:
 
 
 def kernels(names: Iterator[str]) -> set[str]:
-    pattern = r"(linf_step|linf_start|apgd_step|momentum_(?:sums|apply)|l2_[a-z_]+|l1_step|weight_sums|perturb|loss)_kernel[IE]"
+    pattern = r"(linf_step|start|apgd_step|momentum_(?:sums|apply)|l2_[a-z_]+|l1_step|weight_sums|perturb|loss)_kernel[IE]"
     return {match[1] for name in names if (match := re.search(pattern, name))}
 
 
 def test_every_kernel_is_there_for_every_architecture(sass, usage):
-    expected = {"linf_step", "linf_start", "apgd_step", "momentum_sums", "momentum_apply", "l2_on_chip", "l2_sums", "l2_apply"}
+    expected = {"linf_step", "start", "apgd_step", "momentum_sums", "momentum_apply", "l2_on_chip", "l2_sums", "l2_apply"}
     expected |= {"l1_step", "weight_sums", "perturb", "loss"}
     for arch in native.BUILD_INFO["cuda_archs"].split():
         assert kernels(name for a, name in sass if a == arch) == expected, arch

@@ -140,7 +140,7 @@ def test_the_streaming_loops_are_vectorised():
     ).stdout  # fmt: skip
     functions: dict[str, str] = {}
     for block in listing.split("\n\n"):  # a function's title, then its code; "+0x" titles continue one
-        title = block.split("\n", 1)[0].partition("+0x")[0]
+        title = re.sub(r"(\+0x\w+)?>:$", "", block.split("\n", 1)[0])
         functions[title.split(" ", 1)[-1]] = functions.get(title.split(" ", 1)[-1], "") + block
     loops = {  # what the title holds: its instructions
         ("apply<float, float,", "LinfStep<float>"): "vaddps|vsubps",
@@ -154,6 +154,8 @@ def test_the_streaming_loops_are_vectorised():
         ("hyperplane_reach<float, true>",): "vmulpd|vfm",
         ("hyperplane_reach<float, false>",): "vmulpd|vfm",
         ("hyperplane_total<float>",): "vminps|vblendv|vmovaps.*%k|vcmp",
+        ("start<float, ", "LinfStart<float>"): "vpmuludq",
+        ("start<float, ", "NormalStart<float>"): "vsqrtps",
         ("ce_rows<float>",): "vmulps|vfm",
         ("log_odds_rows<float>",): "vmulps|vfm",
         ("kl_rows<float>",): "vmulps|vfm",

@@ -169,7 +169,7 @@ def certify(
     asked = {"n0": n0, "n": n, "alpha": alpha, "radius": radius}
     smooth.certify(x[:0], **asked)  # type: ignore[arg-type]  # which refuses what is wrong with them
     header = {
-        "fastadv": __version__, "certify": {"sigma": sigma, "seed": seed} | asked, "data": fingerprint(x, y),
+        "fastadv": __version__, "sigma": sigma, "seed": seed, **asked, "data": fingerprint(x, y),
         "model": fingerprint_of(smooth.model, x[:4].to(on)),
     }  # fmt: skip
     start = time.monotonic()
