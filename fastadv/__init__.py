@@ -7,7 +7,7 @@ Attacks are in ``fastadv.attacks``, how they add up to a robust accuracy in ``fa
 each op must compute in ``fastadv.reference``.
 """
 
-from . import attacks, evaluation, functional, models, objectives, ops, reference, training
+from . import attacks, certify, evaluation, functional, models, objectives, ops, reference, training
 from ._version import __version__
 from .attacks import *  # noqa: F403 - the attacks
 from .evaluation import Evaluation, evaluate
@@ -28,6 +28,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "attacks",
+    "certify",
     "evaluate",
     "evaluation",
     "functional",

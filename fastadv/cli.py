@@ -143,15 +143,15 @@ def _evaluate(chosen: argparse.Namespace, typed: Sequence[str]) -> int:
 
 
 def _certify(chosen: argparse.Namespace) -> int:
-    try:
-        from .certify.command import run
-    except ImportError as error:
-        print(f"fastadv certify needs {error.name}: pip install 'fastadv[certify]'", file=sys.stderr)
-        return 2
+    from .certify.command import run
+
     settings = {name: value for name, value in vars(chosen).items() if name != "command"}
     tune_allocator()
     try:
         run(**settings)
+    except ImportError as error:
+        print(f"fastadv certify needs {error.name}: pip install 'fastadv[certify]'", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"fastadv certify: {error}", file=sys.stderr)
         return 2

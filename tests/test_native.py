@@ -154,7 +154,7 @@ def test_the_streaming_loops_are_vectorised():
         ("hyperplane_reach<float, true>",): "vmulpd|vfm",
         ("hyperplane_reach<float, false>",): "vmulpd|vfm",
         ("hyperplane_total<float>",): "vminps|vblendv|vmovaps.*%k|vcmp",
-        ("start<float, ", "LinfStart<float>"): "vpmuludq",
+        ("start<float, ", "LinfStart<float>"): "vpmuludq|vpmullq",
         ("start<float, ", "NormalStart<float>"): "vsqrtps",
         ("ce_rows<float>",): "vmulps|vfm",
         ("log_odds_rows<float>",): "vmulps|vfm",

@@ -30,7 +30,8 @@ from .smoothing import Certificates, Smooth
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SECONDS = 10.0  # of work that a kill may cost
+SECONDS = 10.0  # of work that a kill may cost, or one image's
+VOTES = 100_000  # of the images that are certified together
 TABLE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0)  # radii, in sigma
 
 
@@ -177,7 +178,7 @@ def certify(
     group = Group()
     known = torch.stack(group.gathered(kept.known())).any(0)
     mine = (~known).nonzero()[group.rank :: group.number, 0]
-    together = max(1, batch_size // n)
+    together = max(1, VOTES // n)
     with progress_bar("certifying", len(mine), "image", progress and group.rank == 0) as bar:
         for some in torch.split(mine, together) if len(mine) else ():
             kept.add(some, smooth.certify(x[some.to(x.device)].to(on), **asked))  # type: ignore[arg-type]

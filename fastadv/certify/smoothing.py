@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from ..reference.step import dense_layout
 
 ABSTAIN = -1  # in place of a class
 SELECTION, ESTIMATION, PREDICTION = (1 << 50) + 1, (1 << 50) + 2, (1 << 50) + 3  # streams of draws
-ROUNDS, ROUND = 20, 100  # how often voting pauses to see for whom it is decided, at most; and the votes of a round, at least
+ROUNDS, ROUND = 20, 256  # voting pauses to see for whom it is decided: so often at most, after a multiple of so many votes
 
 
 @dataclass
@@ -149,7 +148,7 @@ class Smooth:
         numbers = numbers_of(x).to(x.device)
         who, runs = torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64)
         votes = torch.zeros(len(x), 2, dtype=torch.int64)
-        size = max(-(-n // ROUNDS), ROUND)
+        size = ROUND * math.ceil(n / ROUNDS / ROUND)
         with attacking(self.model), torch.no_grad():
             for first in range(0, n if len(x) else 0, size):
                 count = min(size, n - first)
@@ -209,8 +208,9 @@ def lower_bound(votes: Tensor, n: int, alpha: float) -> Tensor:
     """
     from scipy.stats import beta
 
-    k = votes.numpy()
-    return torch.from_numpy(np.where(k > 0, beta.ppf(alpha, k, n - k + 1), 0.0))
+    k = votes.double()
+    bound = torch.as_tensor(beta.ppf(alpha, k.clamp(min=1), n - k.clamp(min=1) + 1))
+    return torch.where(k > 0, bound, 0.0)
 
 
 def least_votes(n: int, alpha: float, distance: float) -> int:
@@ -234,9 +234,8 @@ def tells_apart(first: Tensor, second: Tensor, alpha: float) -> Tensor:
     """bool: so many votes for one class and fewer for another are no chance, by the two-sided binomial test at 1/2."""
     from scipy.stats import binom
 
-    total = (first + second).numpy()
-    p = 2 * binom.sf(first.numpy() - 1, total, 0.5)
-    return (first > second) & torch.from_numpy(np.asarray(p <= alpha))
+    p = 2 * torch.as_tensor(binom.sf(first - 1, first + second, 0.5))
+    return (first > second) & (p <= alpha)
 
 
 def _checked(x: Tensor, n: int, alpha: float) -> tuple[int, float]:
