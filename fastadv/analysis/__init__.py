@@ -9,5 +9,35 @@ From the shell: ``fastadv analyze landscape first.pt second.pt --data digits --e
 """
 
 from .finding import Finding
+from .gaussian import GaussianFeatures, gaussian_features
+from .linear import (
+    Decomposition,
+    LinearTradeoff,
+    SplineTradeoff,
+    decompose,
+    linear_tradeoff,
+    minimum_norm,
+    robust_self_training,
+    spline_tradeoff,
+)
+from .score import GradientAlignment, RobustErrors, ScoreToy, gradient_alignment, robust_errors, score_toy
 
-__all__ = ["Finding"]
+__all__ = [
+    "Decomposition",
+    "Finding",
+    "GaussianFeatures",
+    "GradientAlignment",
+    "LinearTradeoff",
+    "RobustErrors",
+    "ScoreToy",
+    "SplineTradeoff",
+    "decompose",
+    "gaussian_features",
+    "gradient_alignment",
+    "linear_tradeoff",
+    "minimum_norm",
+    "robust_errors",
+    "robust_self_training",
+    "score_toy",
+    "spline_tradeoff",
+]
