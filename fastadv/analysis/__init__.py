@@ -5,9 +5,27 @@ and draws it.
     print(found)
     found.figure().savefig("landscape.svg")
 
-From the shell: ``fastadv analyze landscape first.pt second.pt --data digits --eps 0.3``.
+From the shell: ``fastadv analyze weight-landscape first.pt second.pt --data digits --eps 0.3``.
 """
 
+from .capacity import CapacitySweep, capacity_sweep
+from .convergence import AccuracyAgainstEps, PGDConvergence, accuracy_against_eps, pgd_convergence
 from .finding import Finding
+from .gradients import (
+    ClassInterpolations,
+    InputGradients,
+    LargeEpsExamples,
+    class_interpolations,
+    input_gradients,
+    large_eps_examples,
+)
+from .landscape import WeightLandscape, WeightPlane, weight_landscape, weight_plane
+from .runs import RobustnessTradeoff, RobustOverfitting, RunCurves, robust_overfitting, robustness_tradeoff
+from .surface import LossSurface, loss_surface
 
-__all__ = ["Finding"]
+__all__ = [
+    "AccuracyAgainstEps", "CapacitySweep", "ClassInterpolations", "Finding", "InputGradients", "LargeEpsExamples",
+    "LossSurface", "PGDConvergence", "RobustOverfitting", "RobustnessTradeoff", "RunCurves", "WeightLandscape", "WeightPlane",
+    "accuracy_against_eps", "capacity_sweep", "class_interpolations", "input_gradients", "large_eps_examples", "loss_surface",
+    "pgd_convergence", "robust_overfitting", "robustness_tradeoff", "weight_landscape", "weight_plane",
+]  # fmt: skip

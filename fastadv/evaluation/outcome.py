@@ -118,7 +118,7 @@ class Evaluation:
             "environment": info.environment(),
             "samples": samples,
         }
-        return {name: _plain(value) for name, value in told.items()}
+        return {name: plain(value) for name, value in told.items()}
 
     def robustbench(self, **fields: Any) -> dict[str, Any]:
         """What a file of RobustBench's model_info holds, accuracies in percent as text.
@@ -196,15 +196,16 @@ def radius(eps: float) -> str:
     return f"{levels}/255" if float(short) != eps and math.isclose(levels / 255, eps) else short
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As json.dumps takes it: dataclasses and tensors too; a number that is not finite is None."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(v) for name, v in value.items()}
+        return {str(name): plain(v) for name, v in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
+        return plain(asdict(value))
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
