@@ -3,11 +3,11 @@
     x_adv = fastadv.pgd(model, x, y, eps=8/255)
 
 Attacks are in ``fastadv.attacks``, how they add up to a robust accuracy in ``fastadv.evaluation``, training methods in
-``fastadv.objectives`` and their losses in ``fastadv.functional``, the fused ops that all stand on in ``fastadv.ops``, and what
-each op must compute in ``fastadv.reference``.
+``fastadv.objectives`` and their losses in ``fastadv.functional``, the figures of papers in ``fastadv.analysis``, the fused ops
+that all stand on in ``fastadv.ops``, and what each op must compute in ``fastadv.reference``.
 """
 
-from . import attacks, certify, evaluation, functional, models, objectives, ops, reference, training
+from . import analysis, attacks, certify, evaluation, functional, models, objectives, ops, reference, training
 from ._version import __version__
 from .attacks import *  # noqa: F403 - the attacks
 from .evaluation import Evaluation, evaluate
@@ -27,6 +27,7 @@ __all__ = [
     "Profile",
     "Trainer",
     "__version__",
+    "analysis",
     "attacks",
     "certify",
     "evaluate",

@@ -1,4 +1,4 @@
-"""The command line: ``fastadv demo``, ``train``, ``report``, ``evaluate``, ``certify`` and ``info``."""
+"""The command line: ``fastadv demo``, ``train``, ``report``, ``evaluate``, ``certify``, ``analyze`` and ``info``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.add_argument("--device", help="(default: a GPU where there is one)")
     _add_evaluate(commands.add_parser("evaluate", help="how robust a checkpoint is, by the attacks that publications use"))
     _add_certify(commands.add_parser("certify", help="how far a checkpoint's answers certainly hold, by randomised smoothing"))
+    _add_analyze(commands.add_parser("analyze", help="figures of papers, of checkpoints or runs; without a name: which"))
     commands.add_parser("info", help="what was built, and which backend runs each op and why")
     chosen = parser.parse_args(arguments)
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _evaluate(chosen, sys.argv[1:] if arguments is None else arguments)
     if chosen.command == "certify":
         return _certify(chosen)
+    if chosen.command == "analyze":
+        return _analyze(chosen, sys.argv[1:] if arguments is None else arguments)
     from .info import report
 
     print(report())
@@ -113,6 +116,20 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--engine", default="eager", choices=ENGINES, help="how attacks run the model (default: %(default)s)")
 
 
+def _add_analyze(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="of the analysis; without one they are listed")
+    add("paths", nargs="*", metavar="PATH", help="checkpoints, as those of evaluate, or folders of train")
+    add("--data", metavar="FILE", help="images, as those of evaluate (default: digits, those of the demo)")
+    add("--model", metavar="MODULE:FUNCTION", help="what builds the networks, where the checkpoints do not say")
+    add("--eps", type=_number, help="radius in units of x: 0.3, 8/255")
+    add("--norm", choices=["linf", "l2", "l1"], help="(default: the analysis's own)")
+    add("--samples", type=int, metavar="N", help="so many images, evenly spaced (default: the analysis's own)")
+    add("--seed", type=int, help="of all that is random (default: 0)")
+    add("--device", help="(default: a GPU where there is one)")
+    add("--out", default="fastadv-analysis", metavar="DIR", help="of the page, the figure and the data (default: %(default)s)")
+
+
 def _number(text: str) -> float:
     """8/255 is what papers write."""
     try:
@@ -157,6 +174,24 @@ def _certify(chosen: argparse.Namespace) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"\nInterrupted. What was found is in {chosen.out}: the same command goes on from there.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _analyze(chosen: argparse.Namespace, typed: Sequence[str]) -> int:
+    from .analysis.command import listing, run
+
+    if chosen.name is None:
+        print(f"fastadv analyze NAME [PATH ...]\n\n{listing()}")
+        return 0
+    tune_allocator()
+    try:
+        run(**vars(chosen) | {"command": shlex.join(["fastadv", *typed])})
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"fastadv analyze: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
         return 130
     return 0
 

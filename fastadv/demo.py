@@ -74,8 +74,10 @@ def load_digits(seed: int = 0) -> Digits:
     return Digits(x[:4000], y[:4000], x[4000:], y[4000:])
 
 
-def small_cnn(seed: int = 0, head: Callable[[], nn.Module] | None = None) -> nn.Sequential:
+def small_cnn(seed: int = 0, head: Callable[[], nn.Module] | None = None, width: int = 16) -> nn.Sequential:
     """Two strided convolutions and two linear layers: 28x28 -> 14x14 -> 7x7 -> 100 -> 10 logits, or another ``head``.
+
+    Of another ``width``, which is that of the first convolution, the others are wider or narrower as it is.
 
     The first convolution has kernel = stride, and weights are channels_last, because on a CPU the input gradients of
     strided convolutions are most of an attack: either choice halves one of them. Torch's global random state is left
@@ -83,12 +85,13 @@ def small_cnn(seed: int = 0, head: Callable[[], nn.Module] | None = None) -> nn.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs
+        hidden = 100 * width // 16
         model = nn.Sequential(
-            nn.Conv2d(1, 16, kernel_size=2, stride=2), nn.ReLU(),
-            nn.Conv2d(16, 32, kernel_size=4, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(1, width, kernel_size=2, stride=2), nn.ReLU(),
+            nn.Conv2d(width, 2 * width, kernel_size=4, stride=2, padding=1), nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(32 * 7 * 7, 100), nn.ReLU(),
-            nn.Linear(100, 10) if head is None else head(),
+            nn.Linear(2 * width * 7 * 7, hidden), nn.ReLU(),
+            nn.Linear(hidden, 10) if head is None else head(),
         )  # fmt: skip
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
@@ -184,7 +187,7 @@ def train_robust(
     epochs: int,
     seed: int,
     history: list[Epoch],
-    rounds: list[Round],
+    rounds: list[Round] | None = None,
     method: Method = METHODS["pgd-at"],
     gamma: float = 0.0,
 ) -> None:
@@ -192,8 +195,8 @@ def train_robust(
 
     eps grows linearly to its full size over the first half; against full size from the start it would first learn to
     ignore its input. ``gamma`` > 0 perturbs the weights too (AWP). Enters each epoch into ``history``, and, of PGD-AT, into
-    ``rounds`` how long a part of it took on copies with either attack (:func:`time_round`), which leaves the training itself
-    untouched.
+    ``rounds``, if given, how long a part of it took on copies with either attack (:func:`time_round`), which leaves the
+    training itself untouched.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * math.ceil(len(digits.y_train) / BATCH)
@@ -217,7 +220,7 @@ def train_robust(
             objective.end_epoch()
             history.append(watch(losses, model, digits, seed))
             bar.set_postfix_str(str(history[-1]))
-            if method is METHODS["pgd-at"] and awp is None:
+            if rounds is not None and method is METHODS["pgd-at"] and awp is None:
                 rounds.append(time_round(model, optimizer, batches, eps, seed, fastadv_first=len(rounds) % 2 == 0))
 
 

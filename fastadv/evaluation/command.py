@@ -62,7 +62,7 @@ def run(
     if samples is not None:
         x, y = x[: checks.integer("samples", samples)], y[:samples]
     network, split = load_model(checkpoint, model)
-    _check_split(data, split)
+    check_split(data, split)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)  # an impossible one fails here and not after the attacks
     with processes() as rank:  # what goes between them are records, from the CPU
@@ -135,7 +135,7 @@ def _split_of(name: str) -> int:
     return int(seed)
 
 
-def _check_split(data: str, seed: int | None) -> None:
+def check_split(data: str, seed: int | None) -> None:
     """Digits that a network was trained on say nothing about it."""
     if seed is not None and data.split(":")[0] == "digits" and _split_of(data) != seed:
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import checks
 from ..attacks import NaNGradientWarning
 from ..engine import Model, unwrap
-from .probes import PHASES, Probe, device_of, evenly_spaced
+from .probes import PHASES, Probe, device_of, some
 
 MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # of eps
 STEPS = 20  # of PGD at each
@@ -72,14 +72,8 @@ def robustness_curves(
     """
     checks.number("eps", eps)
     checks.one_of("norm", norm, ("linf", "l2", "l1"))
-    checks.images(x, *checks.bounds(bounds))
-    checks.labels(y, x)
-    if y.is_floating_point() or not len(x):
-        raise ValueError(f"y must be integer labels of at least one sample; got {checks.describe(y)}")
-    chosen, model = evenly_spaced(checks.integer("samples", samples), len(x)), unwrap(model)
-    device = device_of(model, x)
-    x, y = (t.detach()[chosen.to(t.device)].to(device) for t in (x, y.long()))
-    chosen = chosen.to(device)
+    model = unwrap(model)
+    x, y, chosen = (t.to(device_of(model, x)) for t in some(x, y, samples, bounds))
     probe = Probe(model, norm, bounds, checks.integer("seed", seed, 0), checks.integer("batch_size", batch_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NaNGradientWarning)  # there is an alarm for them

@@ -318,13 +318,13 @@ def _example_figure(clean: Tensor, adversarial: Tensor, bounds: tuple[float, flo
     figure = new_figure(3.1, 1.25)
     axes = figure.subplots(1, 3)
     for axis, image, title in zip(axes, (clean, adversarial), ("clean", "adversarial"), strict=False):
-        _show(axis, (image - lo) / (hi - lo), "gray", title)
+        show(axis, (image - lo) / (hi - lo), "gray", title)
     colours = "PuOr_r" if len(clean) == 1 else "gray"
-    _show(axes[2], 0.5 + 0.5 * (difference / largest), colours, f"\N{PLUS-MINUS SIGN}{largest:.2g}")
+    show(axes[2], 0.5 + 0.5 * (difference / largest), colours, f"\N{PLUS-MINUS SIGN}{largest:.2g}")
     return figure
 
 
-def _show(axis: Axes, image: Tensor, colours: str, title: str) -> None:
+def show(axis: Axes, image: Tensor, colours: str = "gray", title: str = "") -> None:
     """An image [1 or 3, H, W] in [0, 1], pixel by pixel."""
     image = image.clamp(0, 1)
     pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)

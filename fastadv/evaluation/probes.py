@@ -129,6 +129,16 @@ class Probe:
         assert attack.info is not None
         return Path(losses, fooled, images, attack.info.success, self.right(images, y))  # type: ignore[arg-type]  # keep_best
 
+    def attacked(self, x: Tensor, y: Tensor, eps: Scalar, samples: Tensor, steps: int) -> Tensor:
+        """Images [N, ...] after PGD with steps of 2.5 eps / steps, from each sample's random start."""
+        images = [x[:0]]
+        for part, labels, radius, numbers in self._parts(x, y, eps, samples):
+            draws = Draws(self.seed, numbers)
+            images.append(
+                PGD(self.model, radius, steps=steps, norm=self.norm, bounds=self.bounds, generator=draws)(part, labels)
+            )
+        return torch.cat(images)
+
     def fgsm(self, x: Tensor, y: Tensor, eps: Scalar) -> Tensor:
         """Images [N, ...] after one step."""
         images = [x[:0]]
@@ -173,6 +183,20 @@ def evenly_spaced(number: int, of: int) -> Tensor:
     """Numbers [min(number, of)] of so many of the samples."""
     number = min(number, of)
     return torch.arange(number) * of // max(number, 1)
+
+
+def some(x: Tensor, y: Tensor, samples: int, bounds: tuple[float, float] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """So many of the images, evenly spaced, with their labels and numbers.
+
+    Raises:
+        ValueError: x is no images inside the bounds, y no integer labels of them, there is none, or samples is below 1.
+    """
+    checks.images(x, *checks.bounds(bounds))
+    checks.labels(y, x)
+    if y.is_floating_point() or not len(x):
+        raise ValueError(f"y must be integer labels of at least one sample; got {checks.describe(y)}")
+    chosen = evenly_spaced(checks.integer("samples", samples), len(x)).to(x.device)
+    return x.detach()[chosen], y.detach()[chosen].long(), chosen
 
 
 def surface(draws: Draws, step: int, x: Tensor, eps: Scalar, norm: str) -> Tensor:

@@ -34,7 +34,7 @@ class Average:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be an nn.Module; got {type(model).__name__}")
         checks.one_of("buffers", buffers, ("copy", "average"))
-        self.model, self.buffers, self.step = _inside(model), buffers, 0
+        self.model, self.buffers, self.step = inside(model), buffers, 0
         self.module = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def share(self, step: int) -> float:
@@ -122,7 +122,7 @@ class SWA(Average):
         return 1.0 if taken < 0 else 0.0 if off else 1 / (taken + 1)
 
 
-def _inside(model: nn.Module) -> nn.Module:
+def inside(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and torch.compile, in whatever order."""
     wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while (name := "module" if isinstance(model, wrapped) else "_orig_mod") in model._modules:

@@ -54,13 +54,13 @@ def _check_same(folder: Path, chosen: Config) -> None:
     """Refuses a folder of another run. Where data lie, and max_steps, may have changed."""
     if not (folder / CONFIG).is_file():
         return
-    before, now = (dump(_elsewhere(config)) for config in (config_of(folder), chosen))
+    before, now = (dump(elsewhere(config)) for config in (config_of(folder), chosen))
     if before != now:
         lines = [line for line in difflib.unified_diff(before.splitlines(), now.splitlines(), n=0) if line[1:2] not in "-+@"]
         raise ValueError(f"{folder} holds another run (- there, + here); name another --out:\n" + "\n".join(lines))
 
 
-def _elsewhere(config: Config) -> Config:
+def elsewhere(config: Config) -> Config:
     """Without what does not change the training."""
     data = config.data.model_copy(update={"root": None, "extra": config.data.extra and "elsewhere"})
     return config.model_copy(update={"about": None, "max_steps": None, "data": data})
