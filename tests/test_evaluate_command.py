@@ -358,12 +358,14 @@ def test_checkpoints_that_are_none(tmp_path):
             load_model(str(tmp_path / name), factory)
 
 
-def test_the_users_own_model_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_users_own_model_file(folder, monkeypatch):
+    """In the folder where the command is typed, as ``python -m`` finds it."""
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    Path("my_own_model.py").write_text("from torch import nn\nclass Nets:\n    small = lambda: nn.Linear(4, 2)\n")
-    torch.save(nn.Linear(4, 2).state_dict(), "net.pt")
-    assert isinstance(load_model("net.pt", "my_own_model:Nets.small")[0], nn.Linear)
+    text = "from torch import nn\nclass Nets:\n    small = lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 2))\n"
+    Path("my_own_model.py").write_text(text)
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).state_dict(), "own.pt")
+    given = ["--data", "data.npz", "--eps", "1/4", "--version", "apgd-ce", "--no-alarms", "--device", "cpu"]
+    assert cli.main(["evaluate", "own.pt", "--model", "my_own_model:Nets.small", *given]) == 0
 
 
 def test_models_of_robustbench(monkeypatch):
