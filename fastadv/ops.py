@@ -611,8 +611,9 @@ def ce(logits: Tensor, y: Tensor, *, out: Out = None) -> tuple[Tensor, Tensor]:
         differentiable in the logits, once; dlogits is not.
 
     Raises:
-        ValueError: shapes, dtypes or devices are not as above. IndexError: a label outside [0, C), on CPU; on a GPU, where
-        nobody waits to refuse it, the row's loss and gradient are NaN.
+        ValueError: shapes, dtypes or devices are not as above.
+        IndexError: a label outside [0, C), on CPU; on a GPU, where nobody waits to refuse it, the row's loss and gradient
+            are NaN.
     """
     return _loss("ce", out, logits, y)
 

@@ -110,7 +110,7 @@ class Report:
     def figure(self, fig: Figure, caption: str, alt: str) -> Report:
         """A matplotlib figure; ``alt`` says in words what it shows. Narrow neighbours stand side by side on a wide page."""
         self._figures += 1
-        svg = _inline_svg(fig, alt, prefix=f"figure{self._figures}-")
+        svg = inline_svg(fig, alt, prefix=f"figure{self._figures}-")
         width = fig.get_figwidth() * 96  # CSS pixels to the inch
         return self._add(f'<figure style="width: {width:.0f}px">{svg}{_caption(caption)}</figure>', _marked(f"{alt} {caption}"))
 
@@ -184,7 +184,7 @@ def _caption(text: str) -> str:
     return f"<figcaption>{html.escape(text)}</figcaption>" if text else ""
 
 
-def _inline_svg(fig: Figure, alt: str, prefix: str) -> str:
+def inline_svg(fig: Figure, alt: str, prefix: str) -> str:
     """The figure as an <svg> element fit to stand among others inside an HTML page."""
     import matplotlib
 

@@ -1,14 +1,19 @@
-"""The documents are true: every Python block runs, links lead somewhere, the two commands are the real ones."""
+"""The documents are true: every Python block runs, links lead somewhere, the two commands are the real ones.
+
+Pages with figures are run by the build of the site (docs/hooks/figures.py), which has checks of its own.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
 import runpy
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastadv
 from benchmarks import readme
@@ -21,13 +26,26 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
-def test_python_blocks_run_in_order(page, tmp_path):
+def is_drawn(page: Path) -> bool:
+    return re.search('^```python figure="', page.read_text(), re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and not is_drawn(p)], ids=lambda p: p.name)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     """All blocks of a page are one program, as a reader pastes them."""
     program = tmp_path / "page.py"
     program.write_text("\n".join(blocks(page, "python")))
-    done = subprocess.run([sys.executable, "-W", "error", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("error")
+        runpy.run_path(str(program), run_name="__main__")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "py")], ids=lambda p: p.name)
+def test_blocks_of_other_libraries_are_python(page):
+    """What ```py holds is shown and not run, for it needs packages that nobody has."""
+    for block in blocks(page, "py"):
+        ast.parse(block)
 
 
 def test_the_example_of_pretraining_runs(capsys):
@@ -52,6 +70,15 @@ def test_every_objective_has_its_row():
             home = found.__module__.removeprefix("fastadv.").replace(".", "/")
             assert f"../fastadv/{home}.py" in page, f"docs/methods.md does not link the file of {name}"
             assert name in page
+
+
+def test_every_alarm_is_told_of():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    x, y = torch.rand(6, 1, 2, 2), torch.arange(6) % 3
+    found = fastadv.evaluate(model, (x, y), eps=0.1, version=["square"], surrogate=model, progress=False)
+    page = (ROOT / "docs" / "honest.md").read_text()
+    for name in [alarm.name for alarm in found.alarms] + [fastadv.evaluation.alarms.square_beats_white_box(y > 0, y > 0).name]:
+        assert f"`{name}`" in page, f"docs/honest.md says nothing of {name!r}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -84,3 +111,25 @@ def test_the_speed_table_is_that_of_its_result_file():
     told = (ROOT / "README.md").read_text().partition(readme.START)[2].partition(readme.END)[0].strip()
     (path,) = set(re.findall(r"benchmarks/results/[\w.-]+\.json", told))
     assert told == readme.section(ROOT / path)
+
+
+def test_the_check_of_the_site_sees_what_is_wrong(tmp_path):
+    pages = {
+        "index.html": '<h1 id="top">a</h1> <a href="#top">b</a> <a href="api/a.html#fastadv.PGD">c</a>'
+        ' <a href="https://x.org">d</a>',
+        "api/a.html": '<h2 id="fastadv.PGD">a</h2> <img src="data:image/png;base64,AA=="> <a href="../index.html">b</a>'
+        " <code>pgd</code>",
+        "bad.html": '<a href="gone.html">a</a> <a href="index.html#gone">b</a> <script src="https://cdn.org/x.js"></script>',
+    }
+    (tmp_path / "api").mkdir()
+    for name, page in pages.items():
+        (tmp_path / name).write_text(page)
+    spec = importlib.util.spec_from_file_location("check", ROOT / "docs" / "hooks" / "check.py")
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    assert [problem.split(", ")[0] for problem in check.problems(tmp_path, ["PGD", "pgd", "AWP"])] == [
+        "the API does not have AWP",
+        "bad.html loads https://cdn.org/x.js from the network",
+        "bad.html links to gone.html",
+        "bad.html links to index.html#gone",
+    ]
