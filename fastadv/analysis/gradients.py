@@ -93,7 +93,6 @@ class LargeEpsExamples:
             lines.append(
                 f"{name}: reads another class in {other} of {len(self.x)}, with a probability of {sure:.0%} on average."
             )
-        lines.append("Where the network is robust, the pictures show what it reads.")
         return "\n".join(lines)
 
     def figure(self) -> Figure:
