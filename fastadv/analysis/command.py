@@ -112,7 +112,7 @@ def listing() -> str:
     """All analyses, a line each."""
     lines = []
     for of in (CHECKPOINTS, RUNS, NOTHING):
-        lines.append(f"of {of}:")
+        lines.append(f"given {of}:")
         lines += [f"  {name:<22}{analysis.line}" for name, analysis in ANALYSES.items() if analysis.of == of]
     return "\n".join(lines)
 
