@@ -72,7 +72,7 @@ def test_two_processes_are_one(data, tmp_path, changes):  # noqa: F811
     assert first == second  # bit for bit, and what they report
     state = torch.load(tmp_path / "last.pt", weights_only=True)["state_dict"]
     for name, value in weights(one).items():
-        torch.testing.assert_close(state[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(state[name], value, rtol=0, atol=3e-6)
     mine, theirs = first[2], one.history
     for name in ("loss", "train_clean", "train_robust", "clean", "robust", "average_robust"):
         assert [row[name] for row in mine] == pytest.approx([row[name] for row in theirs], abs=1e-5), name
