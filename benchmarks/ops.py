@@ -48,7 +48,7 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
     classes = CLASSES[:1] if quick else CLASSES
     steps = [step_case(norm, shape) for norm in ("linf", "l2", "l1") for shape in shapes]
     losses = [loss_case(op, c) for op in ("ce", "log_odds", "margin", "dlr", "kl", "se") for c in classes]
-    return steps + losses
+    return [*steps, noise_case(), *losses]
 
 
 def _gpu_cases(quick: bool) -> list[Case]:
@@ -58,7 +58,7 @@ def _gpu_cases(quick: bool) -> list[Case]:
     steps += [step_case("l1", shape, gpu=True) for shape in shapes if shape in (SMALL, LARGE)]
     losses = [loss_case(op, c, rows, gpu=True) for op in ("ce", "log_odds", "margin", "dlr", "kl", "se") for rows, c in logits]
     tiny = [step_case("linf", TINY, gpu=True), step_case("l2", TINY, gpu=True), loss_case("ce", 10, 4, gpu=True)]
-    return steps + losses + [host_case(case) for case in tiny]
+    return [*steps, noise_case(gpu=True), *losses, *map(host_case, tiny)]
 
 
 def host_case(case: Case) -> Case:
@@ -168,6 +168,52 @@ def step_case(norm: str, shape: tuple[int, ...], gpu: bool = False) -> Case:
         judge=judge,
         limits={"error": 1e-5},
         goals=goals,
+    )
+
+
+def noise_case(gpu: bool = False) -> Case:
+    """Noisy copies of images, as randomised smoothing asks for: they are made, not kept."""
+    shape, copies, std = (4, 3, 32, 32), 1024 if gpu else 64, 0.25
+    elements = copies * math.prod(shape)
+
+    def inputs(device: torch.device) -> list[Tensor]:
+        return [torch.rand(shape, device=device, generator=torch.Generator(device).manual_seed(0))]
+
+    def judge(given: list[Tensor], result: Tensor) -> dict[str, float]:
+        z = (result - given[0].repeat_interleave(copies, 0)).double() / std
+        return {"error": float((z.square().mean() - 1).abs() + z.mean().abs())}
+
+    def room(given: list[Tensor]) -> Tensor:
+        return given[0].repeat_interleave(copies, 0)
+
+    def fastadv_(given: list[Tensor]) -> Contender:
+        return Contender(partial(fastadv.ops.normal_start, given[0], std, 7, None, 0, copies, out=room(given)))
+
+    def eager(given: list[Tensor]) -> Contender:
+        def run() -> Tensor:
+            batch = given[0].repeat_interleave(copies, 0)
+            return batch + torch.randn_like(batch) * std
+
+        return Contender(run)
+
+    def in_place(given: list[Tensor]) -> Contender:
+        noise, x = room(given), given[0]
+        return Contender(lambda: noise.normal_(std=std).view(len(x), copies, *x.shape[1:]).add_(x[:, None]).flatten(0, 1))
+
+    return Case(
+        name=f"normal_start {_by(shape)}, {copies} copies",
+        inputs=inputs,
+        contenders={
+            "fastadv": fastadv_,
+            **({"fastadv, triton": on_triton(fastadv_)} if gpu else {}),
+            "eager": eager,
+            "eager in place": in_place,
+        },
+        baseline="eager",
+        bytes=4 * elements,
+        judge=judge,
+        limits={"error": 2e-2},
+        goals={"eager": 2.0, "eager in place": 1.0},
     )
 
 
