@@ -10,6 +10,7 @@ each op must compute in ``fastadv.reference``.
 from . import attacks, evaluation, functional, models, objectives, ops, reference, training
 from ._version import __version__
 from .attacks import *  # noqa: F403 - the attacks
+from .defenses import NearestNeighbors
 from .evaluation import Evaluation, evaluate
 from .machine import tune_allocator
 from .normalize import Normalize
@@ -23,6 +24,7 @@ __all__ = [
     "AWP",
     "RWP",
     "Evaluation",
+    "NearestNeighbors",
     "Normalize",
     "Profile",
     "Trainer",
