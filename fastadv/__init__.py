@@ -10,6 +10,7 @@ that all stand on in ``fastadv.ops``, and what each op must compute in ``fastadv
 from . import analysis, attacks, certify, evaluation, functional, models, objectives, ops, reference, training
 from ._version import __version__
 from .attacks import *  # noqa: F403 - the attacks
+from .defenses import NearestNeighbors
 from .evaluation import Evaluation, evaluate
 from .machine import tune_allocator
 from .normalize import Normalize
@@ -23,6 +24,7 @@ __all__ = [
     "AWP",
     "RWP",
     "Evaluation",
+    "NearestNeighbors",
     "Normalize",
     "Profile",
     "Trainer",

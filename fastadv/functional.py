@@ -9,6 +9,7 @@ from .objectives.consistency import consistency_loss
 from .objectives.feature_scatter import transport_cost
 from .objectives.gkl import gkl_loss, weighted_mse
 from .objectives.hypersphere import hypersphere_loss
+from .objectives.ibp import ibp_loss
 from .objectives.labels import cross_entropy, smooth_labels
 from .objectives.mart import mart_loss
 from .objectives.mmc import mmc_centres, mmc_distance, mmc_loss
@@ -24,6 +25,7 @@ __all__ = [
     "cross_entropy",
     "gkl_loss",
     "hypersphere_loss",
+    "ibp_loss",
     "label_error",
     "mart_loss",
     "mmc_centres",

@@ -67,6 +67,8 @@ STEPS = {  # forwards' worth of a training step: 2 an attack step, 1 a forward, 
     "NFGSM": (lambda m: fastadv.NFGSM(), 2, 1),
     "FeatureScatter": (lambda m: fastadv.FeatureScatter(), 2 + 1, 1),
     "MMC": (lambda m: fastadv.MMC(10), 20, 1),
+    "IBP": (lambda m: fastadv.IBP(warmup=0, ramp=0), 0, 3),  # of the images, and of the boxes' centres and radii
+    "IBP warming up": (lambda m: fastadv.IBP(), 0, 1),
     "Consistency": (lambda m: fastadv.Consistency(fastadv.PGDAT()), 20, 1),  # of a batch of two views
 }
 

@@ -178,6 +178,8 @@ def test_every_method_trains_and_resumes(data, method, tmp_path):
     held |= {"awp": None, "average": None, "epochs": 2, "batch_size": 40, "validation": {"samples": 20, "steps": 2, "eps": 0.1}}
     if method in ("standard", "rst-stability"):  # which attack nothing
         held["attack"] = {}
+    if method == "ibp":  # with the ramp in the steps that are resumed
+        held["method"] |= {"warmup": 1, "ramp": 4}
     if method == "mmc":
         held["model"] = {"name": "demo-cnn", "head": "mmc", "dimensions": 16}
     whole = build.trainer(config.check(held), device="cpu")

@@ -7,6 +7,7 @@ from .feature_scatter import FeatureScatter
 from .free import FreeAT
 from .gkl import GKL
 from .hypersphere import HypersphereHead, HypersphereMargin
+from .ibp import IBP
 from .labels import LabelSmoothing
 from .mart import MART
 from .mmc import MMC, MMCHead
@@ -22,6 +23,7 @@ __all__ = [
     "DM",
     "FGSMRS",
     "GKL",
+    "IBP",
     "MART",
     "MMC",
     "NFGSM",

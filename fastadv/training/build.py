@@ -45,6 +45,7 @@ OBJECTIVES: dict[str, type[Objective] | type[FreeAT]] = {
     "rst-stability": objectives.RSTStability,
     "mmc": objectives.MMC,
     "gkl": objectives.GKL,
+    "ibp": objectives.IBP,
 }
 
 # Running statistics are averaged after each epoch instead; the name is another since torch 2.12 or so.
