@@ -390,6 +390,28 @@ def test_noise_lies_on_and_in_the_ball(norm, bounds):
     assert (norms(within, norm)[1:] > 0).all()
 
 
+class Beside(nn.Module):
+    """Logits with a graph, though what the last linear layer reads has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 10), nn.Linear(10, 10)
+
+    def forward(self, x):
+        z = self.first(x.flatten(1))
+        with torch.no_grad():
+            correction = self.last(z.detach())
+        return z + 0.1 * correction
+
+
+def test_nothing_is_planted_in_features_without_a_gradient():
+    torch.manual_seed(0)
+    x, y = some_digits(4)
+    assert planted.plant(Probe(Beside()), x[:1], EPS, torch.tensor([3])) is None
+    found = {alarm.name: alarm for alarm in sanity_checks(Beside(), x, y, EPS)}
+    assert not found["planted adversarial missed"].rings
+
+
 @pytest.mark.parametrize("model", [trained_lenet, lambda: Fronted(trained_lenet(), after=torch.tanh)])
 def test_image_that_is_planted_is_there(model):
     """The readout takes some image on the surface of the ball, and neither x nor any that it was fitted to, for a 1."""

@@ -70,7 +70,8 @@ def planted_adversarials(
     """Of each sample for which an image can be planted, whether the attack, and ``draws`` random images, fool the readout.
 
     A sample has a readout of its own, so a batch is copies of one sample, from which the attack may start differently. Where
-    the features of all images in the ball are the same, or too few to tell one from the others, nothing can be planted.
+    the features of all images in the ball are the same, too few to tell one from the others, or without a gradient, nothing
+    can be planted.
 
     Args:
         probe: whose model, norm, box and random numbers.
@@ -103,6 +104,8 @@ def plant(probe: Probe, x: Tensor, eps: Scalar, sample: Tensor) -> Readout | Non
     lo, hi = checks.bounds(probe.bounds)
     features = Features(probe.model)
     ask = replace(probe, model=features)
+    if ask.gradient(x, torch.zeros_like(sample)) is None:  # computed outside autograd, beside a way that has a gradient
+        return None
     inner, outer = (Draws(probe.seed, numbers(sample, n), PLANT) for n in (INNER - 1, CANDIDATES))
     some, radii = several(x, eps, n=INNER - 1)
     within = some + (1 - GAP) * inside(inner, 0, some, radii, probe.norm)
