@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     same = all(
         torch.equal(
             votes_on_our_noise(model, x[i : i + 1], smooth, given.n, classes),
-            smooth._vote(x[i : i + 1], given.n, smoothing.ESTIMATION, lambda votes, *_: votes[:, 0] < 0)[0][0],
+            smooth._vote(x[i : i + 1], given.n, smoothing.ESTIMATION)[0][0],
         )
         for i in range(0, len(x), given.check)
     )

@@ -166,8 +166,8 @@ def _certify(chosen: argparse.Namespace) -> int:
     tune_allocator()
     try:
         run(**settings)
-    except ImportError as error:
-        print(f"fastadv certify needs {error.name}: pip install 'fastadv[certify]'", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(f"fastadv certify: {error}\nThe same command with a smaller --batch-size goes on from here.", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"fastadv certify: {error}", file=sys.stderr)

@@ -85,6 +85,7 @@ class NearestNeighbors(nn.Module):
         self.register_buffer("votes", _weighted(torch.cat(predicted), weights))
         self._index = _index(self.database, search)
         self.search = "torch" if self._index is None else "faiss"
+        self.register_load_state_dict_post_hook(_index_anew)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         found = self._features(x)
@@ -134,6 +135,11 @@ def _weighted(log_p: Tensor, weights: str) -> Tensor:
         return log_p
     sureness = math.log(log_p.shape[1]) + (log_p.exp() * log_p).sum(1, keepdim=True)
     return log_p + sureness.clamp(min=torch.finfo(log_p.dtype).eps).log()  # of neighbours that all know nothing, the mean
+
+
+def _index_anew(defence: NearestNeighbors, _: object) -> None:
+    """Of the database that has been loaded."""
+    defence._index = _index(defence.database, defence.search)
 
 
 def _index(database: Tensor, search: str) -> Any:

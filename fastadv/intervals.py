@@ -93,8 +93,8 @@ def worst_logits(model: Model, x: Tensor, y: Tensor, eps: Scalar, bounds: tuple[
 
 def _layers(model: Model) -> list[tuple[str, nn.Module]]:
     """The model's layers by name, in the order in which they run."""
-    model = unwrap(model)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    while (inner := getattr(unwrap(model), "_orig_mod", unwrap(model))) is not model:  # of torch.compile, of DDP
+        model = inner
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, whose layers can be read; got {type(model).__name__}")
     return list(_opened("model", model))
@@ -157,7 +157,8 @@ def _batch_norm(layer: Any, lower: Tensor, upper: Tensor) -> Box:
 
 
 def _monotone(layer: Any, lower: Tensor, upper: Tensor) -> Box:
-    if getattr(layer, "negative_slope", 0) < 0 or getattr(layer, "alpha", 0) < 0 or getattr(layer, "return_indices", False):
+    signs = (getattr(layer, name, None) or 1 for name in ("negative_slope", "alpha", "divisor_override"))
+    if min(signs) < 0 or getattr(layer, "return_indices", False):
         raise ValueError(f"{layer} is no monotone map of numbers")
     if getattr(layer, "inplace", False):
         lower, upper = lower.clone(), upper.clone()

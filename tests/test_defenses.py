@@ -112,6 +112,16 @@ def test_faiss_and_torch_find_the_same(defended):
     torch.testing.assert_close(copy.deepcopy(by_faiss)(x), by_torch(x))
 
 
+def test_a_loaded_database_is_indexed_anew(monkeypatch):
+    net, x, indexed = cnn().eval(), batch(20)[0], []
+    monkeypatch.setattr(defenses, "_index", lambda database, search: indexed.append(database.clone()))
+    one, other = (NearestNeighbors(net, net[:-1], images, k=3) for images in (x, x.flip(3)))
+    one.load_state_dict(other.state_dict())
+    assert len(indexed) == 3
+    assert torch.equal(indexed[2], other.database)
+    assert not torch.equal(indexed[2], indexed[0])
+
+
 def test_searching_in_parts_is_the_same(defended, monkeypatch):
     net, _, x, _ = defended
     defence = NearestNeighbors(net, net[:-1], digits()[0][:1200], k=20, search="torch", batch_size=700)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -128,7 +132,7 @@ def test_votes_are_those_of_the_noise_that_the_seed_gives():
     """Counted one by one: draw k of an image is of its content, the seed and k."""
     net, (x, _) = cnn().eval(), batch(3)
     smooth = Smooth(net, SIGMA, seed=5, batch_size=7)
-    votes, runs = smooth._vote(x, 130, smoothing.ESTIMATION, lambda votes, *_: votes[:, 0] < 0)
+    votes, runs = smooth._vote(x, 130, smoothing.ESTIMATION)
     for image, number, counted in zip(x, numbers_of(x), votes, strict=True):
         noise = [Draws(5, number[None], smoothing.ESTIMATION).normal(k, *image.shape) for k in range(130)]
         with torch.no_grad():
@@ -209,6 +213,9 @@ def test_no_images_are_no_error():
         (lambda: Smooth(linear(), 1.0).certify(torch.rand(2, 3, 8, 8), n0=0), "n0 must be an integer >= 1; got 0"),
         (lambda: Smooth(linear(), 1.0).certify(torch.rand(2, 3, 8, 8), radius=-1), "radius must be a finite number >= 0"),
         (lambda: Smooth(linear(), 1.0).predict(torch.zeros(2, 3, 8, 8).long()), "x must be a floating tensor"),
+        (lambda: Smooth(linear(), 1.0, seed=2**63), "seed must be less than 2\\^63"),
+        (lambda: Smooth(linear(), 1.0).certify(torch.rand(2, 3, 8, 8), n=1000, radius=2.5), "can show, at most 2.463; got 2.5"),
+        (lambda: Smooth(linear().to("meta"), 1.0).predict(torch.rand(2, 3, 8, 8)), "x is on cpu but model is on meta"),
         (lambda: Smooth(lambda x: x, 1.0).predict(torch.rand(2, 3, 8, 8)), "must return floating logits"),
         (lambda: certify(linear(), (torch.rand(2, 3, 8, 8), torch.rand(2, 10)), 1.0), "y must be integer labels"),
         (lambda: certify(linear(), (torch.rand(2, 3, 8, 8), torch.arange(2)), 1.0, n=-1), "n must be an integer"),
@@ -239,6 +246,7 @@ def test_a_data_set_is_certified():
     found = certify(halfspace(W), (x, torch.ones(4).long()), SIGMA, n=2000, batch_size=2000, progress=False)
     assert found.certificates.labels.tolist() == [0, 1, 1, 1]
     assert [found.accuracy(r) for r in (0.0, 0.2, 0.5, 1.0)] == [0.75, 0.5, 0.25, 0.0]
+    assert [found.accuracy(r, "linf") for r in (0.0, 0.1, 0.25, 0.5)] == [0.75, 0.5, 0.25, 0.0]  # r sqrt(4)
     assert found.mean_radius == pytest.approx(float(found.certificates.radius[1:].sum()) / 4)
     printed = str(found)
     assert "sigma 0.5, 4 samples, 2,000 votes, alpha 0.001: 8,000 noisy images" in printed
@@ -260,12 +268,12 @@ def test_killed_it_goes_on_where_it_was(tmp_path, monkeypatch):
     class KilledError(Exception):
         pass
 
-    def certified(self, some, **asked):
+    def certified(self, some, *more, **asked):
         if len(some):
             calls.append(len(some))
         if len(calls) == 3 and len(some):
             raise KilledError
-        return original(self, some, **asked)
+        return original(self, some, *more, **asked)
 
     original = Smooth.certify
     monkeypatch.setattr(Smooth, "certify", certified)
@@ -281,6 +289,20 @@ def test_killed_it_goes_on_where_it_was(tmp_path, monkeypatch):
     next(tmp_path.glob("*.pt")).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no certificates, remove it and go on"):
         certify(halfspace(W), (x, y), SIGMA, resume=tmp_path, **arguments)
+
+
+def test_autocast_around_changes_nothing():
+    net, (x, _) = cnn().eval(), batch(3)
+    expected = Smooth(net, SIGMA).certify(x, n=600).votes
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Smooth(net, SIGMA).certify(x, n=600).votes, expected)
+
+
+def test_one_radius_makes_no_curve():
+    found = certify(halfspace(W), (at_distance(0.4), torch.ones(1).long()), SIGMA, n=500, radius=0.1, progress=False)
+    assert found.radii() == [0.1]
+    with pytest.raises(ValueError, match="which makes no curve"):
+        found.figure()
 
 
 def test_joined_certificates_are_in_order():
@@ -321,7 +343,33 @@ def test_a_checkpoint_becomes_certificates(folder, capsys):
     assert run("--out", "out", "--radius", "0.2") == 2  # another evaluation
     assert "radius: None there, 0.2 here" in capsys.readouterr().err
     assert run("--out", "other", "--radius", "0.2") == 0
-    assert "66.67%" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "66.67%" in printed
+    assert "radius 0 " not in printed  # which has not been asked for
+    told = json.loads((folder / "other" / "certification.json").read_text())
+    assert list(told["accuracy"]) == ["0.2"]
+    assert told["mean_radius"] is None
+    assert "<svg" not in (folder / "other" / "certification.html").read_text()
+
+
+def test_two_processes_certify_what_one_does(folder):
+    command = ["certify", "net.pt", "--model", "test_smoothing:half", "--data", "data.pt", "--sigma", "1/2", "--n", "1000"]
+    found = []
+    for processes, out in ((1, "one"), (2, "two")):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        script = f"import sys; from fastadv import cli; sys.exit(cli.main({[*command, '--out', out]}))"
+        environment = os.environ | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", script], env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)})
+            for r in range(processes)
+        ]
+        assert [rank.wait(timeout=120) for rank in ranks] == [0] * processes
+        found.append(json.loads((folder / out / "certification.json").read_text())["certificates"])
+    assert found[0] == found[1]
+    assert len(list((folder / "two" / "state").glob("*.pt"))) == 2  # each kept its own
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ log = logging.getLogger("mkdocs.hooks.check")
 def on_post_build(config: Any, **_: Any) -> None:
     import fastadv
 
-    for problem in problems(Path(config.site_dir), fastadv.__all__):
+    parts = (fastadv.analysis, fastadv.certify, fastadv.evaluation, fastadv.objectives)
+    for problem in problems(Path(config.site_dir), {*fastadv.__all__}.union(*(part.__all__ for part in parts))):
         log.warning(problem)
 
 

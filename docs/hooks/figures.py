@@ -54,7 +54,13 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
 def _drawn(name: str, markdown: str) -> list[str]:
     """The figures of a page as HTML, from the cache where nothing has changed since."""
     digest = hashlib.sha256(markdown.encode())
-    for path in sorted([*ROOT.glob("fastadv/**/*.py"), *ROOT.glob("benchmarks/plots.py"), *ROOT.glob("benchmarks/results/*")]):
+    read = [
+        Path(__file__),
+        *ROOT.glob("fastadv/**/*.py"),
+        *ROOT.glob("benchmarks/plots.py"),
+        *ROOT.glob("benchmarks/results/*"),
+    ]
+    for path in sorted(read):
         digest.update(path.read_bytes())
     kept = CACHE / f"{name}-{digest.hexdigest()[:16]}.json"
     if kept.exists():

@@ -155,6 +155,8 @@ def training_images(data: str) -> tuple[Tensor, Tensor] | None:
 
 def write(found: Finding, folder: Path, name: str, command: str | None = None) -> Path:
     """Writes NAME.html, NAME.svg and NAME.json, each whole or not at all. Returns the path of the page."""
+    with replacing(folder / f"{name}.json") as temporary:  # first: it is there even if it cannot be drawn
+        temporary.write_text(json.dumps(plain(found), allow_nan=False) + "\n", encoding="utf-8")
     figure, sentences = found.figure(), str(found).splitlines()
     report = Report(name.replace("-", " ").capitalize(), ANALYSES[name].line)
     for sentence in sentences:
@@ -164,6 +166,4 @@ def write(found: Finding, folder: Path, name: str, command: str | None = None) -
         report.heading("How to get this again").code(command)
     with replacing(folder / f"{name}.svg") as temporary:
         figure.savefig(temporary, format="svg")
-    with replacing(folder / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(plain(found), allow_nan=False) + "\n", encoding="utf-8")
     return report.write(folder / f"{name}.html")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import checks
-from ..evaluation.command import load_data, load_model, try_on
+from ..evaluation.command import check_split, load_data, load_model, try_on
+from ..evaluation.page import has_matplotlib
 from ..processes import device as device_of
 from ..processes import processes
 from .protocol import Certification, certify
@@ -35,8 +36,11 @@ def run(
     x, y = load_data(data)
     if samples is not None:
         x, y = x[: checks.integer("samples", samples)], y[:samples]
-    network, _ = load_model(checkpoint, model)
+    network, split = load_model(checkpoint, model)
+    check_split(data, split)
     checks.number("sigma", sigma, positive=True)
+    if not has_matplotlib():
+        raise ValueError("the page has a figure, drawn by matplotlib: pip install 'fastadv[certify]'")
     chosen = device_of(device)
     with processes() as rank:
         network = network.to(chosen).eval()

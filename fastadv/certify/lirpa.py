@@ -56,6 +56,8 @@ def worst_logits(
             identity = torch.eye(classes, dtype=x.dtype, device=x.device)
             apart = identity - identity[y][:, None]  # [N, C, C]: row j asks for z_j - z_y
             _, worst = bounded.compute_bounds(x=(images,), C=apart, method=METHODS[method], bound_lower=False)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # of whatever kind it is
             raise ValueError(f"auto_LiRPA cannot bound this model: {type(error).__name__}: {error}") from error
     found: Tensor = worst.detach()

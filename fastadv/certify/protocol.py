@@ -49,14 +49,19 @@ class Certification:
     y: Tensor
     settings: dict[str, Any]
 
-    def accuracy(self, radius: float = 0.0) -> float:
-        """Certified accuracy, in [0, 1]: the share of images whose label certainly holds within this l2 distance."""
-        return float(self.certificates.right(self.y, radius).double().mean())
+    def accuracy(self, radius: float = 0.0, norm: str = "l2") -> float:
+        """Certified accuracy, in [0, 1]: the share of images whose label certainly holds within this distance.
+
+        ``norm``: "l2", or "linf", whose ball of radius r lies in the l2 ball of r sqrt(d), d elements an image.
+        """
+        checks.one_of("norm", norm, ("l2", "linf"))
+        reach = radius if norm == "l2" else radius * math.sqrt(self.settings["elements"])
+        return float(self.certificates.right(self.y, reach).double().mean())
 
     def radii(self) -> list[float]:
-        """Those of the table, in units of x: up to the first at which nothing is certified."""
+        """Those of the table, in units of x: up to the first at which nothing is certified; the one that was asked for."""
         if self.settings["radius"] is not None:
-            return [0.0, self.settings["radius"]]
+            return [self.settings["radius"]]
         radii = [self.settings["sigma"] * r for r in TABLE]
         return radii[: 1 + next((i for i, r in enumerate(radii) if self.accuracy(r) == 0), len(radii))]
 
@@ -69,7 +74,7 @@ class Certification:
         told, runs = self.settings, int(self.certificates.runs.sum())
         lines = [
             f"sigma {told['sigma']:g}, {told['samples']:,} samples, {told['n']:,} votes, alpha {told['alpha']:g}: "
-            f"{runs:,} noisy images in {told['seconds']:.1f} s"
+            f"{runs:,} noisy images, the last call {told['seconds']:.1f} s"
         ]
         for radius in self.radii():
             lo, hi = wilson(self.accuracy(radius), len(self.y))
@@ -79,7 +84,9 @@ class Certification:
         return "\n".join(lines)
 
     def figure(self) -> Figure:
-        """Certified accuracy against the radius, exact at each."""
+        """Certified accuracy against the radius, exact at each. Not where one radius alone was asked for."""
+        if self.settings["radius"] is not None:
+            raise ValueError(f"only the radius {self.settings['radius']} was asked for, which makes no curve")
         figure, axis = chart("l2 radius", "certified accuracy")
         right = self.certificates.right(self.y)
         radii = torch.cat([torch.zeros(1), self.certificates.radius[right].sort().values]).tolist()
@@ -93,25 +100,31 @@ class Certification:
         """Writes certification.html, certification.md and certification.json, each whole or not at all; the page's path."""
         folder, told = Path(folder), self.settings
         report = Report("Certified robustness", f"randomised smoothing, sigma {told['sigma']:g}, {told['samples']:,} samples")
-        report.headline(
-            [
-                ("Certified accuracy", f"{self.accuracy():.1%}", "right and not abstaining, at radius 0"),
-                ("Abstains", f"{float((self.certificates.labels < 0).double().mean()):.1%}", "the votes are too close"),
-                ("Mean radius", f"{self.mean_radius:.3g}", "l2, 0 where wrong"),
-            ]
-        )
+        if told["radius"] is None:
+            abstains = float((self.certificates.labels < 0).double().mean())
+            report.headline(
+                [
+                    ("Certified accuracy", f"{self.accuracy():.1%}", "right and not abstaining, at radius 0"),
+                    ("Abstains", f"{abstains:.1%}", "the votes are too close"),
+                    ("Mean radius", f"{self.mean_radius:.3g}", "l2, 0 where wrong"),
+                ]
+            )
+        else:
+            asked = told["radius"]
+            report.headline([("Certified accuracy", f"{self.accuracy(asked):.1%}", f"within l2 distance {asked:g}")])
         report.text(
             f"Within its radius no perturbation changes the smoothed classifier's answer. Each certificate is wrong with a "
             f"probability of at most {told['alpha']:g}, over the noise. What is certified is the vote under noise of sigma "
             f"{told['sigma']:g}, not the network itself."
         )
-        rows = [(f"{r:.4g}", f"{self.accuracy(r):.1%}", interval(self.accuracy(r), len(self.y))) for r in self.radii()]
+        rows = [(f"{r:.4g}", f"{self.accuracy(r):.1%}", _interval(self.accuracy(r), len(self.y))) for r in self.radii()]
         if told["radius"] is None:
             report.figure(self.figure(), "The share of images that are right within each distance.", "Certified accuracy.")
         report.table(["l2 radius", "certified accuracy", "95% interval"], rows, "An l2 radius r holds r / sqrt(d) in linf.")
         report.table([], [(name, f"{value}") for name, value in told.items()], "Settings.")
         numbers = {
-            "accuracy": {f"{r:g}": self.accuracy(r) for r in self.radii()}, "mean_radius": self.mean_radius,
+            "accuracy": {f"{r:g}": self.accuracy(r) for r in self.radii()},
+            "mean_radius": self.mean_radius if told["radius"] is None else None,
             "settings": told, "labels": self.y, "certificates": self.certificates,
         }  # fmt: skip
         files = {
@@ -125,7 +138,7 @@ class Certification:
         return folder / "certification.html"
 
 
-def interval(share: float, samples: int) -> str:
+def _interval(share: float, samples: int) -> str:
     lo, hi = wilson(share, samples)
     return f"{lo:.1%} to {hi:.1%}"
 
@@ -167,10 +180,10 @@ def certify(
         raise ValueError(f"y must be integer labels of at least one sample; got {checks.describe(y)}")
     smooth = Smooth(model, sigma, seed, batch_size)
     on = torch.device(device) if device is not None else device_of(smooth.model, x)
-    asked = {"n0": n0, "n": n, "alpha": alpha, "radius": radius}
-    smooth.certify(x[:0], **asked)  # type: ignore[arg-type]  # which refuses what is wrong with them
+    smooth.certify(x[:0].to(on), n0, n, alpha, radius)  # which refuses what is wrong with them
+    asked = {"n0": int(n0), "n": int(n), "alpha": float(alpha), "radius": None if radius is None else float(radius)}
     header = {
-        "fastadv": __version__, "sigma": sigma, "seed": seed, **asked, "data": fingerprint(x, y),
+        "fastadv": __version__, "sigma": smooth.sigma, "seed": smooth.seed, **asked, "data": fingerprint(x, y),
         "model": fingerprint_of(smooth.model, x[:4].to(on)),
     }  # fmt: skip
     start = time.monotonic()
@@ -185,7 +198,15 @@ def certify(
             bar.update(len(some))
         kept.write()
     found = _in_order([pair for pairs in group.gathered(kept.pairs) for pair in pairs], len(x))
-    settings = {"sigma": sigma, **asked, "seed": seed, "samples": len(x), "device": device_name(on), "fastadv": __version__}
+    settings = {
+        "sigma": smooth.sigma,
+        **asked,
+        "seed": smooth.seed,
+        "samples": len(x),
+        "elements": x[0].numel(),
+        "device": device_name(on),
+        "fastadv": __version__,
+    }
     return Certification(found, y.long().cpu(), settings | {"seconds": time.monotonic() - start})
 
 

@@ -59,10 +59,13 @@ class Smooth:
     """The smoothed classifier of a model: the class that it gives most often to ``x + N(0, sigma^2)``. Noise is not clamped.
 
     Args:
-        model: maps a batch [N, ...] to logits [N, C]; run in eval mode without gradients, and left as found. Train it on noise
-            of this sigma (``fastadv.RSTStability``, or images with noise in any training), or it sees nothing.
+        model: maps a batch [N, ...] to logits [N, C]; run in eval mode without gradients, and left as found. Best
+            trained on noise of this sigma (``fastadv.RSTStability(sigma=..., bounds=None)``, or images
+            with noise in any training). A compiled one is
+            run as it is.
         sigma: of the noise, in units of x.
-        seed: of all noise. Votes depend on it, on an image's values, and on nothing else: not on batches or their order.
+        seed: of all noise, in [0, 2^63). Votes depend on it, on an image's values and on its memory format (contiguous or
+            channels_last), and on nothing else: not on batches or their order.
         batch_size: noisy images at once.
 
     Raises:
@@ -74,6 +77,8 @@ class Smooth:
             raise ValueError(f"model must be callable on a batch; got {type(model).__name__}")
         self.model, self.sigma = unwrap(model), checks.number("sigma", sigma, positive=True)
         self.seed, self.batch_size = checks.integer("seed", seed, 0), checks.integer("batch_size", batch_size)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be less than 2^63; got {seed}")
 
     def predict(self, x: Tensor, n: int = 1000, alpha: float = 0.001) -> Tensor:
         """int64 [N]: the likeliest class, or ABSTAIN where n votes cannot tell the first two apart.
@@ -84,7 +89,7 @@ class Smooth:
         Raises:
             ValueError: x is no batch of finite images, or n or alpha is not as described.
         """
-        n, alpha = _checked(x, n, alpha)
+        n, alpha = self._checked(x, n, alpha)
 
         def decided(votes: Tensor, left: int, _: Tensor) -> Tensor:
             first, second = votes.topk(2).values.unbind(1)
@@ -105,16 +110,21 @@ class Smooth:
         Args:
             x: images [N, ...].
             alpha: how often a certificate may be wrong.
-            radius: ask only whether this radius is certified; then voting ends where that is decided, often after half of n.
-                ``Certificates.radius >= radius`` is what all votes would have said; a radius itself is a lower bound.
+            radius: ask only whether this radius is certified; then voting ends where that is decided, often long before n.
+                ``Certificates.radius >= radius`` is what all votes would have said; nothing else is: labels and radii come of
+                the votes that were cast, so that some abstain who need not, and radii are lower bounds.
 
         Raises:
-            ValueError: x is no batch of finite images, or a number is not as described.
+            ValueError: x is no batch of finite images, or a number is not as described: a radius that n votes cannot show.
         """
-        n, alpha = _checked(x, n, alpha)
-        chosen = self._vote(x, checks.integer("n0", n0), SELECTION, lambda votes, *_: votes[:, 0] < 0)[0].argmax(1)
-        least = least_votes(n, alpha, 0.0)
-        enough = least if radius is None else least_votes(n, alpha, checks.number("radius", radius) / self.sigma)
+        n, alpha = self._checked(x, n, alpha)
+        least = enough = least_votes(n, alpha, 0.0)
+        if radius is not None:
+            enough = least_votes(n, alpha, checks.number("radius", radius) / self.sigma)
+            if enough > n:
+                most = self.sigma * float(distance(lower_bound(torch.tensor(n), n, alpha)))
+                raise ValueError(f"radius must be one that n = {n} votes can show, at most {most:.4g}; got {radius}")
+        chosen = self._vote(x, checks.integer("n0", n0), SELECTION)[0].argmax(1)
 
         def of_chosen(votes: Tensor, who: Tensor) -> Tensor:
             return votes.gather(1, chosen[who, None])[:, 0]
@@ -140,7 +150,20 @@ class Smooth:
         """
         return EoT(_Noisy(self.model, self.sigma), samples)
 
-    def _vote(self, x: Tensor, n: int, stream: int, decided: Callable[[Tensor, int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _checked(self, x: Tensor, n: int, alpha: float) -> tuple[int, float]:
+        try:
+            import scipy.stats  # noqa: F401 - before any vote is cast
+        except ImportError as error:
+            raise ValueError(f"what votes say is worked out by scipy ({error}): pip install 'fastadv[certify]'") from None
+        checks.images(x, -math.inf, math.inf)
+        checks.same_device("model", self.model, x)
+        if not 0 < checks.number("alpha", alpha) < 1:
+            raise ValueError(f"alpha must be a probability in (0, 1); got {alpha}")
+        return checks.integer("n", n), float(alpha)
+
+    def _vote(
+        self, x: Tensor, n: int, stream: int, decided: Callable[[Tensor, int, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Votes [N, C] under n draws of noise, and how many were cast for each image [N], on the CPU.
 
         ``decided(votes [M, C], left, who [M])`` says after each round for whom the ``left`` others change nothing.
@@ -149,7 +172,7 @@ class Smooth:
         who, runs = torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64)
         votes = torch.zeros(len(x), 2, dtype=torch.int64)
         size = ROUND * math.ceil(n / ROUNDS / ROUND)
-        with attacking(self.model), torch.no_grad():
+        with attacking(self.model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             for first in range(0, n if len(x) else 0, size):
                 count = min(size, n - first)
                 rows = who.to(x.device)
@@ -158,7 +181,8 @@ class Smooth:
                     votes = torch.zeros(len(x), cast.shape[1], dtype=torch.int64)
                 votes[who] += cast
                 runs[who] += count
-                who = who[~decided(votes[who], n - first - count, who)]
+                if decided is not None:
+                    who = who[~decided(votes[who], n - first - count, who)]
                 if not len(who):
                     break
         return votes, runs
@@ -236,10 +260,3 @@ def tells_apart(first: Tensor, second: Tensor, alpha: float) -> Tensor:
 
     p = 2 * torch.as_tensor(binom.sf(first - 1, first + second, 0.5))
     return (first > second) & (p <= alpha)
-
-
-def _checked(x: Tensor, n: int, alpha: float) -> tuple[int, float]:
-    checks.images(x, -math.inf, math.inf)
-    if not 0 < checks.number("alpha", alpha) < 1:
-        raise ValueError(f"alpha must be a probability in (0, 1); got {alpha}")
-    return checks.integer("n", n), float(alpha)
