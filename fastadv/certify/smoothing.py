@@ -24,7 +24,8 @@ from ..attacks.draws import Draws, numbers_of
 from ..engine import Model, attacking, unwrap
 from ..reference.step import dense_layout
 
-ABSTAIN = -1  # in place of a class
+ABSTAIN = -1
+"""In place of a class, where the votes are too close."""
 SELECTION, ESTIMATION, PREDICTION = (1 << 50) + 1, (1 << 50) + 2, (1 << 50) + 3  # streams of draws
 ROUNDS, ROUND = 20, 256  # voting pauses to see for whom it is decided: so often at most, after a multiple of so many votes
 

@@ -60,6 +60,7 @@ CHECKLIST: tuple[str, ...] = (
     "Make sure that training, and the choice of the checkpoint, saw no test image.",
     "Publish code and weights, so that others can attack them.",
 )
+"""What no program sees: printed with every evaluation, for people to answer."""
 
 
 @dataclass(frozen=True)
