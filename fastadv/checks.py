@@ -116,6 +116,14 @@ def labels(y: Any, x: Tensor) -> None:
         raise ValueError(f"y must be integer labels [{x.shape[0]}] or soft labels [{x.shape[0]}, C]; got {describe(y)}")
 
 
+def labelled(x: Tensor, y: Any, lo: float, hi: float) -> None:
+    """Images inside the bounds with integer labels, one at least."""
+    images(x, lo, hi)
+    labels(y, x)
+    if y.is_floating_point() or not len(x):
+        raise ValueError(f"y must be integer labels of at least one sample; got {describe(y)}")
+
+
 def logits(value: Any, x: Tensor, y: Tensor | None, source: str = "model(x) must return") -> None:
     """What the model returned: [N, C], and wide enough for the labels."""
     if not isinstance(value, Tensor):

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
@@ -138,6 +138,23 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 8/255; got {text!r}") from None
 
 
+def _resumable(chosen: argparse.Namespace, work: Callable[[], object]) -> int:
+    """Runs a command that keeps in ``out`` what it has found, and says what went wrong."""
+    try:
+        work()
+    except torch.OutOfMemoryError as error:
+        hint = "The same command with a smaller --batch-size goes on from here."
+        print(f"fastadv {chosen.command}: {error}\n{hint}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"fastadv {chosen.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. What was found is in {chosen.out}: the same command goes on from there.", file=sys.stderr)
+        return 130
+    return 0
+
+
 def _evaluate(chosen: argparse.Namespace, typed: Sequence[str]) -> int:
     from .evaluation.command import run
     from .evaluation.protocol import VERSIONS
@@ -145,18 +162,7 @@ def _evaluate(chosen: argparse.Namespace, typed: Sequence[str]) -> int:
     version = chosen.version if chosen.version in VERSIONS else chosen.version.split(",")
     settings = vars(chosen) | {"version": version, "command": shlex.join(["fastadv", *typed])}
     tune_allocator()
-    try:
-        run(**settings)
-    except torch.OutOfMemoryError as error:
-        print(f"fastadv evaluate: {error}\nThe same command with a smaller --batch-size goes on from here.", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"fastadv evaluate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. What was found is in {chosen.out}: the same command goes on from there.", file=sys.stderr)
-        return 130
-    return 0
+    return _resumable(chosen, lambda: run(**settings))
 
 
 def _certify(chosen: argparse.Namespace) -> int:
@@ -164,18 +170,7 @@ def _certify(chosen: argparse.Namespace) -> int:
 
     settings = {name: value for name, value in vars(chosen).items() if name != "command"}
     tune_allocator()
-    try:
-        run(**settings)
-    except torch.OutOfMemoryError as error:
-        print(f"fastadv certify: {error}\nThe same command with a smaller --batch-size goes on from here.", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"fastadv certify: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. What was found is in {chosen.out}: the same command goes on from there.", file=sys.stderr)
-        return 130
-    return 0
+    return _resumable(chosen, lambda: run(**settings))
 
 
 def _analyze(chosen: argparse.Namespace, typed: Sequence[str]) -> int:

@@ -29,6 +29,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """In UTF-8, and in one piece: whoever looks sees the old file or the new one, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def plain(value: Any) -> Any:
     """What ``json.dumps`` takes: dataclasses and mappings as dicts, tensors as lists, what is not finite as None."""
     if isinstance(value, Mapping):

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -75,12 +75,12 @@ def any_of(flag: bool) -> bool:
     return bool(t)
 
 
-def gathered(value: Any) -> list[Any]:
-    """What each process holds, in the order of ranks."""
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What each process holds, in the order of ranks; all wait for all."""
     if world() == 1:
         return [value]
-    values: list[Any] = [None] * world()
-    dist.all_gather_object(values, value)
+    values: list[T] = [value] * world()
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -96,8 +96,4 @@ class Group:
 
     def gathered(self, mine: T) -> list[T]:
         """Of each process what it gave; all wait for all."""
-        if self._group is None:
-            return [mine]
-        everyone: list[T] = [mine] * self.number
-        dist.all_gather_object(everyone, mine, group=self._group)
-        return everyone
+        return gathered(mine, self._group)

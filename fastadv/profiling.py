@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .attacks import PGD
 from .engine import passes
-from .files import replacing
+from .files import write_text
 
 WARM_UP = 2  # calls: the engine has its plan from the second with inputs of some kind on
 CALLS = 5  # odd, for the median
@@ -80,8 +80,7 @@ class Profile:
 
         It shows every operator and kernel under the rows of the table, and is slower than the table for that.
         """
-        with replacing(path) as temporary:
-            temporary.write_text(self.trace, encoding="utf-8")
+        write_text(path, self.trace)
         return Path(path)
 
 

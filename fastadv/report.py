@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import replacing
+from .files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,8 +130,7 @@ class Report:
     def write(self, path: str | Path) -> Path:
         """Writes the page in one piece: whoever looks sees the old file or the new one, never a part."""
         page = self.html()
-        with replacing(path) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        write_text(path, page)
         return Path(path)
 
     def _add(self, page: str, markdown: str) -> Report:

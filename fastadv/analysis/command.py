@@ -16,7 +16,7 @@ from .. import checks
 from ..evaluation.command import check_split, load_data, load_model, try_on
 from ..evaluation.page import has_matplotlib
 from ..evaluation.probes import evenly_spaced
-from ..files import plain, replacing
+from ..files import plain, replacing, write_text
 from ..processes import device as device_of
 from ..report import Report
 from .finding import Finding, told_apart
@@ -155,8 +155,8 @@ def training_images(data: str) -> tuple[Tensor, Tensor] | None:
 
 def write(found: Finding, folder: Path, name: str, command: str | None = None) -> Path:
     """Writes NAME.html, NAME.svg and NAME.json, each whole or not at all. Returns the path of the page."""
-    with replacing(folder / f"{name}.json") as temporary:  # first: it is there even if it cannot be drawn
-        temporary.write_text(json.dumps(plain(found), allow_nan=False) + "\n", encoding="utf-8")
+    data = json.dumps(plain(found), allow_nan=False) + "\n"
+    write_text(folder / f"{name}.json", data)  # first: it is there even if it cannot be drawn
     figure, sentences = found.figure(), str(found).splitlines()
     report = Report(name.replace("-", " ").capitalize(), ANALYSES[name].line)
     for sentence in sentences:

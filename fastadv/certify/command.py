@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checks
-from ..evaluation.command import check_split, load_data, load_model, try_on
+from ..evaluation.command import load, try_on
 from ..evaluation.page import has_matplotlib
 from ..processes import device as device_of
 from ..processes import processes
@@ -33,11 +33,7 @@ def run(
     Raises:
         ValueError, OSError: something is not as described; the message says what.
     """
-    x, y = load_data(data)
-    if samples is not None:
-        x, y = x[: checks.integer("samples", samples)], y[:samples]
-    network, split = load_model(checkpoint, model)
-    check_split(data, split)
+    network, x, y = load(checkpoint, model, data, samples)
     checks.number("sigma", sigma, positive=True)
     if not has_matplotlib():
         raise ValueError("the page has a figure, drawn by matplotlib: pip install 'fastadv[certify]'")

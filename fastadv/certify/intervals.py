@@ -93,10 +93,7 @@ def certify_intervals(
     checks.one_of("method", method, METHODS)
     checks.integer("batch_size", batch_size)
     x, y = gathered(data)
-    checks.images(x, *checks.bounds(bounds))
-    checks.labels(y, x)
-    if y.is_floating_point() or not len(x):
-        raise ValueError(f"y must be integer labels of at least one sample; got {checks.describe(y)}")
+    checks.labelled(x, y, *checks.bounds(bounds))
     network = unwrap(model)
     on = torch.device(device) if device is not None else device_of(network, x)
     bound = worst_logits if method == "ibp" else partial(lirpa.worst_logits, method=method)

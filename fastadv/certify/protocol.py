@@ -20,7 +20,7 @@ from ..evaluation.outcome import wilson
 from ..evaluation.probes import device_of
 from ..evaluation.protocol import gathered
 from ..evaluation.records import claim, fingerprint, fingerprint_of
-from ..files import plain, replacing
+from ..files import plain, replacing, write_text
 from ..machine import device_name
 from ..processes import Group
 from ..progress import progress_bar
@@ -133,8 +133,7 @@ class Certification:
             "certification.html": report.html(),
         }
         for name, text in files.items():
-            with replacing(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(folder / name, text)
         return folder / "certification.html"
 
 
@@ -174,10 +173,7 @@ def certify(
         ValueError: an argument, the data or the model's output is not as described, or ``resume`` holds something else.
     """
     x, y = gathered(data)
-    checks.images(x, -math.inf, math.inf)
-    checks.labels(y, x)
-    if y.is_floating_point() or not len(x):
-        raise ValueError(f"y must be integer labels of at least one sample; got {checks.describe(y)}")
+    checks.labelled(x, y, -math.inf, math.inf)
     smooth = Smooth(model, sigma, seed, batch_size)
     on = torch.device(device) if device is not None else device_of(smooth.model, x)
     smooth.certify(x[:0].to(on), n0, n, alpha, radius)  # which refuses what is wrong with them

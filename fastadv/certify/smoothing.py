@@ -61,9 +61,8 @@ class Smooth:
 
     Args:
         model: maps a batch [N, ...] to logits [N, C]; run in eval mode without gradients, and left as found. Best
-            trained on noise of this sigma (``fastadv.RSTStability(sigma=..., bounds=None)``, or images
-            with noise in any training). A compiled one is
-            run as it is.
+            trained on noise of this sigma (``fastadv.RSTStability(sigma=..., bounds=None)``, or images with noise in any
+            training). A compiled one is run as it is.
         sigma: of the noise, in units of x.
         seed: of all noise, in [0, 2^63). Votes depend on it, on an image's values and on its memory format (contiguous or
             channels_last), and on nothing else: not on batches or their order.
@@ -193,22 +192,19 @@ class Smooth:
         together = max(1, self.batch_size // count)  # images
         copies = min(count, self.batch_size)
         room = torch.empty_like(x[:1].expand(together * copies, *x.shape[1:]), memory_format=dense_layout(x))
-        parts = []
+        key, parts = Draws(self.seed, numbers, stream).key, []
         for images, of in zip(torch.split(x, together), torch.split(numbers, together), strict=True):
-            key, votes = Draws(self.seed, of, stream).key, None
+            answers = []
             for step in range(first, first + count, copies):
                 number = min(copies, first + count - step)
                 noisy = ops.normal_start(images, self.sigma, key, of, step, number, out=room[: len(images) * number])
                 logits = self.model(noisy)
                 checks.logits(logits, noisy, None)
-                classes = logits.shape[1]
-                predicted = logits.argmax(1).masked_fill(logits.isnan().any(1), classes)  # NaN is no class
-                if votes is None:
-                    votes = x.new_zeros(len(images), classes + 1, dtype=torch.int64)
-                predicted = predicted.view(len(images), number)
-                votes.scatter_add_(1, predicted, torch.ones_like(predicted))
-            assert votes is not None
-            parts.append(votes[:, :-1])
+                nothing = logits.shape[1]  # NaN is no class
+                answers.append(logits.argmax(1).masked_fill(logits.isnan().any(1), nothing).view(len(images), number))
+            answer = torch.cat(answers, 1)
+            votes = answer.new_zeros(len(images), nothing + 1).scatter_add_(1, answer, torch.ones_like(answer))
+            parts.append(votes[:, :nothing])
         return torch.cat(parts)
 
 

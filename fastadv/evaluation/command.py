@@ -58,11 +58,7 @@ def run(
     Raises:
         ValueError, OSError: something is not as described; the message says what.
     """
-    x, y = load_data(data)
-    if samples is not None:
-        x, y = x[: checks.integer("samples", samples)], y[:samples]
-    network, split = load_model(checkpoint, model)
-    check_split(data, split)
+    network, x, y = load(checkpoint, model, data, samples)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)  # an impossible one fails here and not after the attacks
     with processes() as rank:  # what goes between them are records, from the CPU
@@ -80,6 +76,16 @@ def run(
             page = found.write(folder)
             print(f"{found}\n\nReport: {page}")
     return found
+
+
+def load(checkpoint: str, model: str | None, data: str, samples: int | None) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network and what to ask it about, images and labels, the first ``samples`` of them; not what it was trained on."""
+    x, y = load_data(data)
+    if samples is not None:
+        x, y = x[: checks.integer("samples", samples)], y[:samples]
+    network, split = load_model(checkpoint, model)
+    check_split(data, split)
+    return network, x, y
 
 
 # ------------------------------------------------------------------------------------------------------------------ samples

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import info
-from ..files import plain, replacing
+from ..files import plain, write_text
 from .alarms import CHECKLIST, Alarm
 from .curves import Curves
 
@@ -166,8 +166,7 @@ class Evaluation:
             "evaluation-report.html": page(self).html(),
         }
         for name, text in files.items():
-            with replacing(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(folder / name, text)
         return folder / "evaluation-report.html"
 
 

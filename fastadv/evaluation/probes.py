@@ -191,10 +191,7 @@ def some(x: Tensor, y: Tensor, samples: int, bounds: tuple[float, float] | None)
     Raises:
         ValueError: x is no images inside the bounds, y no integer labels of them, there is none, or samples is below 1.
     """
-    checks.images(x, *checks.bounds(bounds))
-    checks.labels(y, x)
-    if y.is_floating_point() or not len(x):
-        raise ValueError(f"y must be integer labels of at least one sample; got {checks.describe(y)}")
+    checks.labelled(x, y, *checks.bounds(bounds))
     chosen = evenly_spaced(checks.integer("samples", samples), len(x)).to(x.device)
     return x.detach()[chosen], y.detach()[chosen].long(), chosen
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import replacing
+from ..files import replacing, write_text
 
 HEADER = "evaluation.json"
 
@@ -103,8 +103,7 @@ def claim(folder: Path, header: dict[str, Any]) -> None:
             shown = "; ".join(f"{k}: {known.get(k)!r} there, {header.get(k)!r} here" for k in differing)
             raise ValueError(f"resume={str(folder)!r} holds another evaluation ({shown}); name another folder or remove it")
     else:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(header, indent=1), encoding="utf-8")
+        write_text(path, json.dumps(header, indent=1))
 
 
 def fingerprint(*tensors: Tensor) -> str:

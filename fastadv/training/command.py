@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import replacing
+from ..files import write_text
 from ..processes import processes, rank
 from .build import trainer
 from .config import Config, dump, find, load
@@ -44,8 +44,7 @@ def run(
         _check_same(folder, chosen)
         training = trainer(chosen, folder, device, minutes)
         if rank() == 0:
-            with replacing(folder / CONFIG) as temporary:
-                temporary.write_text(dump(chosen), encoding="utf-8")
+            write_text(folder / CONFIG, dump(chosen))
         training.fit(resume)
     return folder
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from ..files import replacing, write_text
 
 TABLE, ALARMS, BOARD = "summary.csv", "alarms.json", "tensorboard"
 
@@ -36,8 +36,7 @@ class Log:
             table = csv.DictWriter(file, columns)
             table.writeheader()
             table.writerows(history)
-        with replacing(self.folder / ALARMS) as temporary:
-            temporary.write_text(json.dumps(alarms, indent=1), encoding="utf-8")
+        write_text(self.folder / ALARMS, json.dumps(alarms, indent=1))
         self._show(history[-1])
 
     def _show(self, row: dict[str, Any]) -> None:

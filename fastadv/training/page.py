@@ -21,7 +21,7 @@ from ..evaluation.command import load_model, try_on
 from ..evaluation.outcome import radius
 from ..evaluation.page import CLASSES, CLEAN, LOST, ROBUST, by_class, classes, gallery, has_matplotlib, interval
 from ..evaluation.probes import evenly_spaced
-from ..files import replacing
+from ..files import write_text
 from ..report import Report, chart, finished, new_figure
 from . import log
 from .build import build_objective, yardstick
@@ -53,8 +53,7 @@ def write(folder: str | Path, samples: int = 1000, device: str | None = None) ->
         raise ValueError("a report needs matplotlib; install it with: pip install 'fastadv[train]'")
     run = read(Path(folder))
     report = page(run, attacked(run, samples, device))
-    with replacing(run.folder / "report.md") as temporary:
-        temporary.write_text(report.markdown(), encoding="utf-8")
+    write_text(run.folder / "report.md", report.markdown())
     return report.write(run.folder / "report.html")
 
 
