@@ -1,9 +1,9 @@
 """``python -m benchmarks.certification``: randomised smoothing of the demo's network, and by a loop as public code has it.
 
 The public loop (locuslab/smoothing): an image repeated, torch.randn for each batch of 1,000, argmax, and votes counted one by
-one. Sides take turns, ten images each, in one process, one thread; a run of fastadv that is asked for one radius, which it
-decides with fewer votes, is a third. Votes on the noise that fastadv draws, cast by a plain loop over the network, must be the
-same numbers: that is checked on every ``--check``-th image, untimed.
+one. Sides take turns, ten images each, in one process, one thread: that loop, fastadv, fastadv with a twin that votes, and
+the same asked for one radius, which it decides with fewer votes. Votes on the noise that fastadv draws, cast by a plain loop
+over the network, must be the same numbers: that is checked on every ``--check``-th image, untimed.
 """
 
 from __future__ import annotations
@@ -71,13 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, _ = load_model(str(given.checkpoint), given.model)
     model = model.eval().requires_grad_(False)
     x, y = (t[: given.samples] for t in load_data("digits"))
-    smooth, classes = Smooth(model, given.sigma, batch_size=given.batch_size), 10
+    smooth, twinned = (Smooth(model, given.sigma, batch_size=given.batch_size, twin=twin) for twin in (False, True))
+    classes = 10
     sides: dict[str, Callable[[Tensor], object]] = {
         "public code": lambda images: [
             public_votes(model, image[None], given.sigma, n, classes) for image in images for n in (100, given.n)
         ],
         "fastadv": lambda images: smooth.certify(images, n=given.n),
-        f"fastadv, radius {given.radius:g} or not": lambda images: smooth.certify(images, n=given.n, radius=given.radius),
+        "fastadv, twin": lambda images: twinned.certify(images, n=given.n),
+        f"fastadv, twin, {given.radius:g} or not": lambda images: twinned.certify(images, n=given.n, radius=given.radius),
     }  # fmt: skip
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     found: dict[str, list[object]] = {side: [] for side in sides}
@@ -89,14 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             start = time.perf_counter()
             found[side].append(sides[side](images))
             seconds[side].append((time.perf_counter() - start) / len(images))
-    same = all(
-        torch.equal(
-            votes_on_our_noise(model, x[i : i + 1], smooth, given.n, classes),
-            smooth._vote(x[i : i + 1], given.n, smoothing.ESTIMATION)[0][0],
-        )
-        for i in range(0, len(x), given.check)
-    )
-    ours, asked = (fastadv.certify.Certificates.joined(found[side]) for side in list(sides)[1:])  # type: ignore[arg-type]
+    same = {"fastadv": True, "twin": True}
+    for i in range(0, len(x), given.check):
+        expected = votes_on_our_noise(model, x[i : i + 1], smooth, given.n, classes)
+        for name, voters in zip(same, (smooth, twinned), strict=True):
+            same[name] &= torch.equal(expected, voters._vote(x[i : i + 1], given.n, smoothing.ESTIMATION)[0][0])
+    ours, by_twin, asked = (fastadv.certify.Certificates.joined(found[side]) for side in list(sides)[1:])  # type: ignore[arg-type]
+    same["twin on all samples"] = torch.equal(ours.votes, by_twin.votes)
     agree = torch.equal(ours.right(y, given.radius), asked.right(y, given.radius))
     total = {side: TOGETHER * sum(taken) for side, taken in seconds.items()}
     quartiles = {

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import torch
 
-from .engine import ENGINES
+from .engine import ENGINES, PRECISIONS
 from .machine import tune_allocator
 from .methods import METHODS
 from .processes import rank
@@ -99,6 +99,8 @@ def _add_certify(parser: argparse.ArgumentParser) -> None:
     add("--radius", type=_number, help="ask for this l2 radius alone, which takes fewer votes")
     add("--batch-size", type=int, default=256, metavar="N", help="noisy images at once (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--precision", default="fp32", choices=PRECISIONS, help="in which votes are cast (default: %(default)s)")
+    add("--twin", action="store_true", help="votes by a copy with batch norms folded and, on a CPU, convolutions fused")
     add("--out", default="fastadv-certification", metavar="DIR", help="of the page, and to go on from (default: %(default)s)")
 
 

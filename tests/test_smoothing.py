@@ -19,6 +19,7 @@ import fastadv
 from fastadv import cli
 from fastadv.attacks.draws import Draws, numbers_of
 from fastadv.certify import ABSTAIN, Certificates, Smooth, certify, protocol, smoothing
+from fastadv.engine.twin import Twin
 
 SIGMA = 0.5
 
@@ -170,6 +171,41 @@ def test_results_depend_on_neither_batches_nor_order():
     assert not torch.equal(Smooth(net, SIGMA, seed=1).certify(x, n=600).votes, found.votes)
 
 
+def test_a_twin_votes_as_the_model_does_at_its_present_weights():
+    net, (x, _) = cnn().eval(), batch(3)
+    smooth = Smooth(net, SIGMA, twin=True)
+    for _ in range(2):
+        assert torch.equal(smooth.certify(x, n=600).votes, Smooth(net, SIGMA).certify(x, n=600).votes)
+        assert smooth.stats.twin == "used"
+        with torch.no_grad():
+            net[-1].bias.add_(torch.arange(10.0))
+
+
+def test_a_twins_convolutions_are_fused_or_it_is_run_as_it_is(monkeypatch):
+    net, (x, _) = cnn().eval(), batch(3)
+    twin = Twin(net)
+    fused = twin.forward(x)
+    assert fused is not twin.module
+    assert "BatchNorm" not in str(fused.inlined_graph)
+    torch.testing.assert_close(fused(x), net(x))
+    monkeypatch.setattr(torch.jit, "freeze", lambda traced: lambda x: net(x) + 1)  # what goes wrong is seen
+    assert twin.forward(x) is twin.module
+    monkeypatch.delattr(torch.jit, "trace")
+    assert twin.forward(x) is twin.module
+
+
+def test_votes_may_be_cast_in_half_precision():
+    seen = []
+    net, (x, _) = cnn().eval(), batch(2)
+    net[-1].register_forward_hook(lambda module, args, logits: seen.append(logits.dtype))
+    smooth = Smooth(net, SIGMA, precision="bf16")
+    whole = Smooth(net, SIGMA).certify(x, n=600).votes
+    seen.clear()
+    assert (smooth.certify(x, n=600).votes - whole).abs().max() < 60
+    assert set(seen) == {torch.bfloat16}
+    assert smooth.stats.precision == "bf16"
+
+
 # ------------------------------------------------------------------------------------------------------------ contracts
 
 
@@ -213,6 +249,7 @@ def test_no_images_are_no_error():
         (lambda: Smooth(linear(), 1.0).certify(torch.rand(2, 3, 8, 8), n0=0), "n0 must be an integer >= 1; got 0"),
         (lambda: Smooth(linear(), 1.0).certify(torch.rand(2, 3, 8, 8), radius=-1), "radius must be a finite number >= 0"),
         (lambda: Smooth(linear(), 1.0).predict(torch.zeros(2, 3, 8, 8).long()), "x must be a floating tensor"),
+        (lambda: Smooth(linear(), 1.0, precision="int8"), "precision must be one of"),
         (lambda: Smooth(linear(), 1.0, seed=2**63), "seed must be less than 2\\^63"),
         (lambda: Smooth(linear(), 1.0).certify(torch.rand(2, 3, 8, 8), n=1000, radius=2.5), "can show, at most 2.463; got 2.5"),
         (lambda: Smooth(linear().to("meta"), 1.0).predict(torch.rand(2, 3, 8, 8)), "x is on cpu but model is on meta"),
@@ -342,7 +379,7 @@ def test_a_checkpoint_becomes_certificates(folder, capsys):
     assert "100.0%" in (folder / "out" / "certification.md").read_text()
     assert run("--out", "out", "--radius", "0.2") == 2  # another evaluation
     assert "radius: None there, 0.2 here" in capsys.readouterr().err
-    assert run("--out", "other", "--radius", "0.2") == 0
+    assert run("--out", "other", "--radius", "0.2", "--twin", "--precision", "fp32") == 0
     printed = capsys.readouterr().out
     assert "66.67%" in printed
     assert "radius 0 " not in printed  # which has not been asked for

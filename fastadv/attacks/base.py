@@ -124,7 +124,7 @@ class Attack:
         model = unwrap(self.model)
         with attacking(model):
             x = x.detach()
-            passes = self._engine.passes(model, x, "eval", lambda logits: checks.logits(logits, x, y))
+            passes = self._engine.passes(model, x, "eval", lambda logits: checks.logits(logits, x, y), self.GRADIENTS)
             centre = x.to(torch.promote_types(x.dtype, torch.float32))
             clean = None
             if y is None:

@@ -42,7 +42,7 @@ class Certification:
     Attributes:
         certificates: of all images, in their order.
         y: int64 [N], the labels.
-        settings: sigma, n0, n, alpha, seed, radius, samples, device, seconds and the version.
+        settings: sigma, n0, n, alpha, seed, radius, precision, twin, samples, device, seconds and the version.
     """
 
     certificates: Certificates
@@ -152,6 +152,8 @@ def certify(
     radius: float | None = None,
     batch_size: int = 256,
     seed: int = 0,
+    precision: str = "fp32",
+    twin: bool = False,
     resume: str | Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -159,7 +161,7 @@ def certify(
     """Certified accuracy by randomised smoothing: ``print(fastadv.certify.certify(model, (x, y), sigma=0.25))``.
 
     Args:
-        model, sigma, seed, batch_size: as :class:`Smooth`.
+        model, sigma, seed, batch_size, precision, twin: as :class:`Smooth`.
         data: ``(x, y)``, images and integer labels, or batches of them, which are gathered first.
         n0, n, alpha, radius: as :meth:`Smooth.certify`. Papers take n = 100,000; the radius that n can certify at most is
             3.2 sigma at 10,000 and 3.8 at 100,000.
@@ -174,12 +176,13 @@ def certify(
     """
     x, y = gathered(data)
     checks.labelled(x, y, -math.inf, math.inf)
-    smooth = Smooth(model, sigma, seed, batch_size)
+    smooth = Smooth(model, sigma, seed, batch_size, precision, twin)
     on = torch.device(device) if device is not None else device_of(smooth.model, x)
     smooth.certify(x[:0].to(on), n0, n, alpha, radius)  # which refuses what is wrong with them
     asked = {"n0": int(n0), "n": int(n), "alpha": float(alpha), "radius": None if radius is None else float(radius)}
     header = {
-        "fastadv": __version__, "sigma": smooth.sigma, "seed": smooth.seed, **asked, "data": fingerprint(x, y),
+        "fastadv": __version__, "sigma": smooth.sigma, "seed": smooth.seed, **asked, "precision": precision, "twin": bool(twin),
+        "data": fingerprint(x, y),
         "model": fingerprint_of(smooth.model, x[:4].to(on)),
     }  # fmt: skip
     start = time.monotonic()
@@ -198,6 +201,8 @@ def certify(
         "sigma": smooth.sigma,
         **asked,
         "seed": smooth.seed,
+        "precision": precision,
+        "twin": bool(twin),
         "samples": len(x),
         "elements": x[0].numel(),
         "device": device_name(on),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import checks, ops
 from ..attacks import EoT
 from ..attacks.draws import Draws, numbers_of
-from ..engine import Model, attacking, unwrap
+from ..engine import Engine, Model, attacking, unwrap
 from ..reference.step import dense_layout
 
 ABSTAIN = -1
@@ -67,18 +67,27 @@ class Smooth:
         seed: of all noise, in [0, 2^63). Votes depend on it, on an image's values and on its memory format (contiguous or
             channels_last), and on nothing else: not on batches or their order.
         batch_size: noisy images at once.
+        precision, twin: how votes are cast, as attacks run (:class:`fastadv.PGD`): "bf16" is faster on a GPU, and the
+            certificate then is of the network in bf16; a twin has batch norms folded and, on a CPU, convolutions fused, and
+            gives the votes of the model but for ties of the last bit.
+
+    ``stats`` says which precision and twin the last call had.
 
     Raises:
         ValueError: an argument is not as described.
     """
 
-    def __init__(self, model: Model, sigma: float, seed: int = 0, batch_size: int = 256) -> None:
+    def __init__(
+        self, model: Model, sigma: float, seed: int = 0, batch_size: int = 256, precision: str = "fp32", twin: bool = False
+    ) -> None:
         if not callable(model):
             raise ValueError(f"model must be callable on a batch; got {type(model).__name__}")
         self.model, self.sigma = unwrap(model), checks.number("sigma", sigma, positive=True)
         self.seed, self.batch_size = checks.integer("seed", seed, 0), checks.integer("batch_size", batch_size)
         if self.seed >= 2**63:
             raise ValueError(f"seed must be less than 2^63; got {seed}")
+        self._engine = Engine(precision=precision, twin=twin)
+        self.stats = self._engine.stats
 
     def predict(self, x: Tensor, n: int = 1000, alpha: float = 0.001) -> Tensor:
         """int64 [N]: the likeliest class, or ABSTAIN where n votes cannot tell the first two apart.
@@ -173,10 +182,11 @@ class Smooth:
         votes = torch.zeros(len(x), 2, dtype=torch.int64)
         size = ROUND * math.ceil(n / ROUNDS / ROUND)
         with attacking(self.model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            model = self._engine.passes(self.model, x, "eval", gradients=False).logits if len(x) else self.model
             for first in range(0, n if len(x) else 0, size):
                 count = min(size, n - first)
                 rows = who.to(x.device)
-                cast = self._count(x[rows], numbers[rows], stream, first, count).cpu()
+                cast = self._count(model, x[rows], numbers[rows], stream, first, count).cpu()
                 if first == 0:
                     votes = torch.zeros(len(x), cast.shape[1], dtype=torch.int64)
                 votes[who] += cast
@@ -187,7 +197,7 @@ class Smooth:
                     break
         return votes, runs
 
-    def _count(self, x: Tensor, numbers: Tensor, stream: int, first: int, count: int) -> Tensor:
+    def _count(self, model: Model, x: Tensor, numbers: Tensor, stream: int, first: int, count: int) -> Tensor:
         """Votes [N, C] of draws first, first + 1, ... of each image, where the images are: nothing waits for a device."""
         together = max(1, self.batch_size // count)  # images
         copies = min(count, self.batch_size)
@@ -198,7 +208,7 @@ class Smooth:
             for step in range(first, first + count, copies):
                 number = min(copies, first + count - step)
                 noisy = ops.normal_start(images, self.sigma, key, of, step, number, out=room[: len(images) * number])
-                logits = self.model(noisy)
+                logits = model(noisy)
                 checks.logits(logits, noisy, None)
                 nothing = logits.shape[1]  # NaN is no class
                 answers.append(logits.argmax(1).masked_fill(logits.isnan().any(1), nothing).view(len(images), number))

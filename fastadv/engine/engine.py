@@ -134,8 +134,12 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------------- the model's side
 
-    def passes(self, model: Model, x: Tensor, bn: str, check: Callable[[Tensor], None] | None = None) -> Passes:
+    def passes(
+        self, model: Model, x: Tensor, bn: str, check: Callable[[Tensor], None] | None = None, gradients: bool = True
+    ) -> Passes:
         """Eager passes on the model or its twin, in this engine's precision, for one call. Inside :func:`attacking`.
+
+        Without ``gradients`` only forward passes may be asked for, which a twin does faster.
 
         Raises ValueError if a plan asked for by name cannot be had on x's device, of such a model or under ``bn``.
         """
@@ -155,6 +159,8 @@ class Engine:
             self._classes = logits.shape[1]
 
         program = self._twin_of(model, x, dtype) if self.twin else model
+        if self._twin is not None and not gradients and self.engine in ("eager", "auto"):
+            program = self._twin.forward(x)
         return Passes(program, dtype, self.memory == "signs", self.bn != "eval", checked)
 
     def _twin_of(self, model: Model, x: Tensor, dtype: torch.dtype | None) -> Model:
@@ -230,6 +236,8 @@ class Engine:
         replay = graphs.available(loop.adv.device) and isinstance(model, nn.Module)
         if self.engine == "graph":
             return _Kept(Plan(replayed=True, channels_last=twinned and images))
+        if isinstance(loop.passes.model, torch.jit.ScriptModule):  # a twin for forward passes, compiled already
+            return _Kept(Plan(channels_last=images))
         if self.engine == "compile":
             return _Kept(Plan(compiled=True, replayed=replay, channels_last=images))
         layouts = (images,) if twinned or not images else (False, True)

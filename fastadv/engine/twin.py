@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
+import warnings
 from collections import Counter, defaultdict
 from operator import attrgetter
 from typing import Any
@@ -19,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..normalize import Normalize
-from .guest import attacking
+from .guest import Model, attacking
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -27,6 +29,8 @@ LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 WRAPPERS = ("torch._dynamo", "torch.jit", "torch.nn.parallel", "torch.distributed")  # the homes of their classes
 HALF = (torch.bfloat16, torch.float16)
+
+logger = logging.getLogger("fastadv")
 
 
 class TwinError(Exception):
@@ -104,8 +108,27 @@ class Twin:
         """
         return model is self._root.model and _model_traits(self._root) == self._traits
 
-    def check(self, x: Tensor) -> None:
-        """Runs model, in eval mode, and twin on a batch: the last resort against what tracing may have lost.
+    def forward(self, x: Tensor) -> Model:
+        """The twin with its present weights, for many forward passes without gradients on batches like x.
+
+        On a CPU, in the model's own precision, oneDNN fuses convolutions with what follows them. By TorchScript, which torch
+        means to drop: without it, or where it fails, the twin as it is.
+        """
+        if x.device.type != "cpu" or self._dtype is not None:
+            return self.module
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                frozen = torch.jit.freeze(torch.jit.trace(self.module, x, check_trace=False))  # type: ignore[no-untyped-call]
+                fused: Model = torch.jit.optimize_for_inference(frozen)
+                self.check(x, fused)
+        except Exception as reason:
+            logger.info("the twin's convolutions are not fused: %s", _one_line(reason))
+            return self.module
+        return fused
+
+    def check(self, x: Tensor, program: Model | None = None) -> None:
+        """Runs model, in eval mode, and twin (or its ``program``) on a batch: the last resort against what tracing may lose.
 
         Raises:
             TwinError: their logits differ by more than rounding.
@@ -114,7 +137,7 @@ class Twin:
         with attacking(self._root.model), torch.no_grad(), autocast:
             theirs = self._root(x)
             try:
-                ours = self.module(x)
+                ours = (program or self.module)(x)
                 apart, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
             except Exception as error:
                 raise TwinError(f"model: its twin fails where it does not: {_one_line(error)}") from error
