@@ -583,12 +583,19 @@ def attacks_on_a_sharded_model() -> None:
 
 @check
 def attacks_leave_gathered_weights_as_they_found_them() -> None:
-    """The root's stay gathered after the last forward, and are other parameters than those that an attack freezes."""
+    """The root's stay gathered after a forward, are stale once an optimizer has moved their shards, and are other parameters
+    than those that an attack freezes."""
     model, alone = sharded(), Chain()
     x, y = batch(8)
-    with torch.no_grad():
-        model(x)
-    assert torch.equal(*(fastadv.pgd(m, x, y, 0.03, steps=3, init="zero", keep_best=True) for m in (model, alone)))
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, weight_decay=1.0) for m in (model, alone)]
+    for m, optimizer in zip((model, alone), optimizers, strict=True):
+        ce(m, x, y).backward()
+        with torch.no_grad():
+            m(x)
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs, ours = (fastadv.pgd(m, x, y, 0.3, norm="l2", init="zero", keep_best=True) for m in (model, alone))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     assert all(p.grad is None for p in model.parameters())
     ce(model, x, y).backward()
     ce(alone, x, y).backward()
