@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import checks, ops
+from .shards import is_shard, local, reshard
 
 Loss = Callable[[], Tensor]
 Select = Callable[[str, nn.Parameter], bool]
@@ -75,7 +75,7 @@ class _WeightPerturbation:
         selected = self._selected()
         if not selected:
             raise ValueError("no parameter to perturb: select(name, parameter) is false for all that require grad")
-        apart = self._ranks() > 1 and not self._is_global and not _is_sharded(selected)  # each rank by its own gradient
+        apart = self._ranks() > 1 and not self._is_global and not is_shard(selected[0])  # each rank by its own gradient
         if apart and restore == "after_step":
             raise ValueError(
                 "restore='after_step' with sync='local' lets ranks drift apart (weight decay acts on each rank's own "
@@ -100,7 +100,7 @@ class _WeightPerturbation:
 
     def _selected(self) -> list[nn.Parameter]:
         """Each parameter once, however often it is tied, in the model's order; asked anew, since users freeze and replace."""
-        _reshard(self.model)
+        reshard(self.model)
         return [p for name, p in self.model.named_parameters() if p.requires_grad and self.select(name, p)]
 
     @contextlib.contextmanager
@@ -112,7 +112,7 @@ class _WeightPerturbation:
         if self.calls <= self.warmup or self.gamma == 0 or not parameters:  # all may have been frozen since
             yield
             return
-        weights = [_local(p) for p in parameters]
+        weights = [local(p).detach() for p in parameters]
         origins = self._like("origins", weights)
         recorded, self._active = False, True
         try:
@@ -144,7 +144,7 @@ class _WeightPerturbation:
         finally:
             self._active = False
             torch.clear_autocast_cache()
-            _reshard(self.model)
+            reshard(self.model)
 
     def _like(self, name: str, weights: list[Tensor]) -> list[Tensor]:
         """Buffers like the weights, the same ones in every call."""
@@ -179,7 +179,7 @@ class _WeightPerturbation:
 
     def _agreed(self, parameters: list[nn.Parameter], grads: list[Tensor]) -> list[Tensor]:
         """The gradients' mean over ranks where the perturbation is global: one flat all-reduce for each dtype."""
-        if not self._is_global or self._ranks() == 1 or _is_sharded(parameters):
+        if not self._is_global or self._ranks() == 1 or is_shard(parameters[0]):
             return grads
         for dtype in {g.dtype: None for g in grads}:  # in one order on all ranks
             same = [g for g in grads if g.dtype == dtype]
@@ -194,7 +194,7 @@ class _WeightPerturbation:
     ) -> Tensor:
         """The sums over whole tensors, also where each rank holds a shard."""
         sums = ops.weight_sums(weights, grads, origins, record=record)
-        if _is_sharded(parameters):
+        if is_shard(parameters[0]):
             for group in parameters[0].device_mesh.get_all_groups():  # type: ignore[attr-defined]
                 torch.distributed.all_reduce(sums, group=group)
         return sums
@@ -265,7 +265,7 @@ class AWP(_WeightPerturbation):
         return self._perturbed(lambda parameters: self._ascent(loss, parameters))
 
     def _ascent(self, loss: Loss, parameters: list[nn.Parameter]) -> list[Tensor]:
-        sharded = _is_sharded(parameters)
+        sharded = is_shard(parameters[0])
         aside = _grads_set_aside(list(self.model.parameters())) if sharded else contextlib.nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), _buffers_restored(self.model), aside:
             value = loss()
@@ -275,13 +275,13 @@ class AWP(_WeightPerturbation):
             if not sharded:
                 return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
             value.backward()  # type: ignore[no-untyped-call]  # which alone reaches the shards of FSDP2
-            _reshard(self.model)
+            reshard(self.model)
             if all(p.grad is None for p in parameters):
                 raise ValueError(
                     "loss() gave no sharded weight a gradient; if FSDP2 was told not to reduce, call "
                     "set_requires_gradient_sync(True) before perturb()"
                 )
-            return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
+            return [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in parameters]
 
 
 class RWP(_WeightPerturbation):
@@ -307,8 +307,8 @@ class RWP(_WeightPerturbation):
         return self._perturbed(self._noise)
 
     def _noise(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        noise = [torch.empty_like(_local(p)).normal_(generator=self.generator) for p in parameters]
-        for p, n in zip(parameters, noise, strict=True) if _is_sharded(parameters) else ():
+        noise = [torch.empty_like(local(p)).normal_(generator=self.generator) for p in parameters]
+        for p, n in zip(parameters, noise, strict=True) if is_shard(parameters[0]) else ():
             for group, placement in zip(p.device_mesh.get_all_groups(), p.placements, strict=True):  # type: ignore[attr-defined]
                 if placement.is_replicate():  # of shards, in HSDP: their sum has as good a direction as each
                     torch.distributed.all_reduce(n, group=group)
@@ -330,24 +330,6 @@ def _buffers_restored(model: nn.Module) -> Iterator[None]:
         for home, name, buffer in places:  # where forward binds new ones
             home[name] = buffer
         ops.restore_(buffers, before)
-
-
-def _is_sharded(parameters: list[nn.Parameter]) -> bool:
-    return hasattr(parameters[0], "to_local")  # a DTensor, whose class costs a second to import
-
-
-def _reshard(model: nn.Module) -> None:
-    """FSDP2 keeps weights gathered after a forward without a backward, as attacks end in: stale once their shards move."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # if not imported, which takes a second, then not used
-    if fsdp is not None:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
-
-
-def _local(t: Any) -> Tensor:
-    """The memory of a parameter on this rank: of an FSDP2 parameter its shard."""
-    return (t.to_local() if hasattr(t, "to_local") else t).detach()  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

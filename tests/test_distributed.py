@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastadv
+from fastadv import shards
+from fastadv.training.averaging import EMA
 
 RANKS, SECONDS = 2, 300
 GAMMA, LR, STEPS = 0.05, 0.1, 20
@@ -577,6 +579,77 @@ def attacks_on_a_sharded_model() -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     ce(model, x, y).backward()  # and training goes on
     assert all(p.grad is not None for n, p in model.named_parameters() if "unused" not in n)
+
+
+@check
+def attacks_leave_gathered_weights_as_they_found_them() -> None:
+    """The root's stay gathered after a forward, are stale once an optimizer has moved their shards, and are other parameters
+    than those that an attack freezes."""
+    model, alone = sharded(), Chain()
+    x, y = batch(8)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, weight_decay=1.0) for m in (model, alone)]
+    for m, optimizer in zip((model, alone), optimizers, strict=True):
+        ce(m, x, y).backward()
+        with torch.no_grad():
+            m(x)
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs, ours = (fastadv.pgd(m, x, y, 0.3, norm="l2", init="zero", keep_best=True) for m in (model, alone))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+    ce(model, x, y).backward()
+    ce(alone, x, y).backward()
+    for name, p in alone.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(full(model.get_parameter(name).grad), p.grad, rtol=0, atol=1e-6)
+
+
+@check
+def attacks_on_shards_are_eager_and_without_a_twin() -> None:
+    model = sharded()
+    x, y = batch(8)
+    for engine in ("auto", "compile"):
+        with pytest.raises(ValueError, match=r"engine must be 'eager' for a model of FSDP2.*got '" + engine):
+            fastadv.PGD(model, 0.03, engine=engine)(x, y)
+    attack = fastadv.PGD(model, 0.03, steps=1, init="zero", twin=True)
+    assert torch.equal(attack(x, y), fastadv.pgd(Chain(), x, y, 0.03, steps=1, init="zero"))
+    assert "FSDPChain cannot be copied" in attack.stats.twin
+
+
+@check
+def blocks_are_sharded_each_and_tied_weights_together() -> None:
+    def names(model: nn.Module) -> list[str]:
+        shards.shard(model)
+        return [name for name, module in model.named_modules() if module in shards.sharded(model)]
+
+    block = lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU())  # noqa: E731
+    net = nn.Sequential(nn.Linear(4, 4), block(), nn.ModuleList([block(), nn.ModuleList([block()])]), nn.Sequential(nn.ReLU()))
+    assert names(net) == ["", "1", "2.0", "2.1.0"]
+    tied = nn.Sequential(block(), block())
+    tied[1][0].weight = tied[0][0].weight
+    assert names(tied) == [""]
+    assert names(fastadv.models.build("wide-resnet", depth=10, widen=1)) == ["", "block1_1", "block2_1", "block3_1"]
+    assert names(nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)) == [""]
+    with pytest.raises(ValueError, match="copied before FSDP2"):
+        EMA(net)
+
+
+@check
+def an_average_of_shards_is_the_shard_of_the_average() -> None:
+    """Also where it was looked at in between, which gathers its weights."""
+    (model, alone), x = (Chain(), Chain()), batch(8)[0]
+    averages = [EMA(m, 0.5, ramp=False) for m in (model, alone)]
+    for network in (model, averages[0].module):
+        shards.shard(network)
+    for step in range(3):
+        for m, average in zip((model, alone), averages, strict=True):
+            with torch.no_grad():
+                m(x)
+                shards.reshard(m)
+                for p in m.parameters():
+                    p.add_(0.1 * (step + 1))
+                average.update()
+        torch.testing.assert_close(averages[0].module(x), averages[1].module(x), rtol=0, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------- the tests

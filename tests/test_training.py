@@ -476,6 +476,13 @@ def test_the_progress_shown_counts_model_passes(data):
         ({"method": {"name": "free"}}, "awp: free has one backward"),
         ({"method": {"name": "standard", "beta": None}, "attack": {"ramp": {"name": "constant"}}}, "attacks nothing"),
         ({"attack": {"ramp": {"name": "constant", "warmpu": 3}}}, "warmpu"),
+        ({"parallel": "fsdp"}, "parallel: .*'ddp' or 'fsdp2'; got 'fsdp'"),
+        ({"parallel": "fsdp2", "compile": True}, "compile: "),
+        ({"parallel": "fsdp2", "channels_last": True}, "channels_last: "),
+        ({"parallel": "fsdp2", "attack": {"engine": "auto"}}, "attack.engine: "),
+        ({"parallel": "fsdp2", "attack": {"twin": True}}, "attack.twin: "),
+        ({"parallel": "fsdp2", "awp": {"sync": "local"}}, "awp.sync: "),
+        ({"parallel": "fsdp2", "method": {"name": "ibp", "beta": None}}, "method.name: ibp"),
     ],
 )
 def test_what_is_wrong_is_named(data, changes, message):

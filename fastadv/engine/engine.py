@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import checks, ops
 from ..machine import device_name, multiplication
+from ..shards import sharded
 from . import choices, graphs
 from .guest import Model, keeping_buffers
 from .loop import L, Loop
@@ -147,6 +148,8 @@ class Engine:
         if self.engine == "graph" and not (graphs.available(x.device) and isinstance(model, nn.Module)):
             got = f"{type(model).__name__} on {x.device}"
             raise ValueError(f"engine='graph' needs an nn.Module on a CUDA device, whose weights it can watch; got {got}")
+        if self.engine != "eager" and sharded(model):
+            raise ValueError(f"engine must be 'eager' for a model of FSDP2, whose weights come and go; got {self.engine!r}")
         if self._model() is not model:
             self._forget()
             self._model = weakref.ref(model) if isinstance(model, nn.Module) else lambda: model

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..shards import reshard
+
 Model = Callable[..., Any]
 
 BN_MODES = ("eval", "batch", "train")
@@ -38,6 +40,8 @@ def attacking(model: Model, bn: str = "eval") -> Iterator[None]:
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     with contextlib.ExitStack() as restore:
+        reshard(model)  # gathered parameters take after their shards, and are others than these
+        restore.callback(reshard, model)
         restore.enter_context(torch.inference_mode(False))
         restore.enter_context(torch.enable_grad())
         # The images require grad and move in place: a cast of them that the caller's autocast kept would be the first step's.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from .. import checks
+from ..shards import local, reshard, sharded
 
 
 class Average:
@@ -25,7 +26,8 @@ class Average:
 
     Args:
         model: where it trains, also in DistributedDataParallel or compiled: what is inside of those is copied. The copy shares
-            no memory with it, is in eval mode and takes no gradients.
+            no memory with it, is in eval mode and takes no gradients. Where FSDP2 shards the model, it has to shard the copy
+            alike, after this.
         buffers: "copy": the model's. "average": the running statistics (``running_mean``, ...) are averaged as the parameters
             are. Other buffers are constants and counters, and always the model's.
     """
@@ -33,6 +35,8 @@ class Average:
     def __init__(self, model: nn.Module, buffers: str = "copy") -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be an nn.Module; got {type(model).__name__}")
+        if sharded(model):
+            raise ValueError("model must be copied before FSDP2 shards it: make its average first, then shard both")
         checks.one_of("buffers", buffers, ("copy", "average"))
         self.model, self.buffers, self.step = inside(model), buffers, 0
         self.module = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -54,9 +58,11 @@ class Average:
             torch._foreach_lerp_(ours, theirs, share) if blend else torch._foreach_copy_(ours, theirs)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """Each tensor with the model's, once however often it is tied, and whether it is averaged."""
+        """Each tensor with the model's, once however often it is tied, and whether it is averaged; of shards, this rank's."""
+        reshard(self.module)
+        reshard(self.model)
         for mine, models in zip(self.module.parameters(), self.model.parameters(), strict=True):
-            yield mine, models, True
+            yield local(mine), local(models), True
         for (name, own), now in zip(self.module.named_buffers(), self.model.buffers(), strict=True):
             yield own, now, self.buffers == "average" and name.rpartition(".")[2].startswith("running")
 

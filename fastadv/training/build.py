@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import checks, models, objectives, processes
+from .. import checks, models, objectives, processes, shards
 from ..attacks import PGD
 from ..objectives import Consistency, FreeAT, HypersphereMargin, LabelSmoothing, Objective
 from ..weights import AWP
@@ -69,10 +69,6 @@ def trainer(config: Config, out: str | Path | None = None, device: str | None = 
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = build_objective(config, model, data.classes)
     attack = attack_of(objective, model)
-    wrapped: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-    if processes.world() > 1:
-        wrapped = DistributedDataParallel(wrapped, **NO_BROADCAST)
-
     training, watched = _split(config, data)
     batches = Batches(
         training,
@@ -87,6 +83,8 @@ def trainer(config: Config, out: str | Path | None = None, device: str | None = 
         world=processes.world(),
         views=2 if config.method.consistency else 1,
     )
+    average = _average(config.average, model, len(batches))
+    wrapped = _parallel(config, model, average)
     optimizer = build_optimizer(config, model)
     plan = config.schedule
     schedule = called("schedule", Schedule, plan.name, config.epochs, plan.lr, **plan.arguments)
@@ -105,7 +103,7 @@ def trainer(config: Config, out: str | Path | None = None, device: str | None = 
         config.epochs,
         out,
         awp=awp,
-        average=_average(config.average, model, len(batches)),
+        average=average,
         validation=validation,
         validate_every=chosen.every,
         ramp=_ramp(config, attack),
@@ -167,13 +165,23 @@ def _label_loss(method: MethodConfig) -> Callable[..., Any] | None:
     return None if method.label_smoothing is None else LabelSmoothing(method.label_smoothing, method.over)
 
 
+def _parallel(config: Config, model: nn.Module, average: Average | None) -> nn.Module:
+    """The model for the training step: compiled if asked for, shared by the processes where there are several."""
+    if config.parallel == "fsdp2" and processes.world() > 1:
+        for network in [model] if average is None else [model, average.module]:
+            shards.shard(network)
+        return model
+    wrapped: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    return DistributedDataParallel(wrapped, **NO_BROADCAST) if processes.world() > 1 else wrapped
+
+
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     chosen = config.optimizer
     groups = param_groups(model, chosen.weight_decay, chosen.decay_norms, chosen.decay_biases)
-    fused = next(model.parameters()).device.type == "cuda"
-    lr = config.schedule.lr
+    fused, lr = next(model.parameters()).device.type == "cuda", config.schedule.lr
     if chosen.name == "adamw":
         return torch.optim.AdamW(groups, lr, chosen.betas, fused=fused)
+    fused = fused and not shards.sharded(model)  # for which torch has a fused AdamW, and no fused SGD
     return torch.optim.SGD(groups, lr, chosen.momentum, nesterov=chosen.nesterov, fused=fused)
 
 

@@ -50,7 +50,7 @@ def run(
 
 
 def _check_same(folder: Path, chosen: Config) -> None:
-    """Refuses a folder of another run. Where data lie, and max_steps, may have changed."""
+    """Refuses a folder of another run. Where data lie, parallel and max_steps may have changed."""
     if not (folder / CONFIG).is_file():
         return
     before, now = (dump(elsewhere(config)) for config in (config_of(folder), chosen))
@@ -60,9 +60,9 @@ def _check_same(folder: Path, chosen: Config) -> None:
 
 
 def elsewhere(config: Config) -> Config:
-    """Without what does not change the training."""
+    """Without what does not change the training, or by rounding alone."""
     data = config.data.model_copy(update={"root": None, "extra": config.data.extra and "elsewhere"})
-    return config.model_copy(update={"about": None, "max_steps": None, "data": data})
+    return config.model_copy(update={"about": None, "max_steps": None, "parallel": "ddp", "data": data})
 
 
 def cost(config: Config) -> str:

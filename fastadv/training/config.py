@@ -221,7 +221,12 @@ class ValidationConfig(Section):
 
 
 class Config(Section):
-    """A training run."""
+    """A training run.
+
+    parallel: what several processes do with the weights: "ddp", each has all (DistributedDataParallel); "fsdp2", each keeps its
+    shard of them, of their average and of the optimizer's state, for models that are too large otherwise
+    (:mod:`fastadv.shards`). They train the same, up to rounding. One process has all either way.
+    """
 
     about: About | None = None
     model: ModelConfig
@@ -240,6 +245,7 @@ class Config(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
 
     @model_validator(mode="after")
     def _has_what_it_changes(self) -> Config:
@@ -249,6 +255,20 @@ class Config(Section):
             raise ValueError(f"attack.ramp: {self.method.name} attacks nothing")
         if "classes" in self.model.arguments:
             raise ValueError("model.classes: there are as many as the data have")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Config:
+        refused = {
+            "compile: torch.compile and fsdp2 do not go together here": self.compile,
+            "channels_last: fsdp2 shards weights that are contiguous": self.channels_last,
+            "attack.engine: with fsdp2 it must be eager, as weights come and go": self.attack.engine not in (None, "eager"),
+            "attack.twin: with fsdp2 no process has the weights to copy": bool(self.attack.twin),
+            "awp.sync: the shards of fsdp2 belong to one perturbation, which is global": self.awp and self.awp.sync == "local",
+            "method.name: ibp reads weights where fsdp2 has only shards": self.method.name == "ibp",
+        }
+        if self.parallel == "fsdp2" and (told := next((why for why, found in refused.items() if found), None)):
+            raise ValueError(told)
         return self
 
 

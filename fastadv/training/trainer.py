@@ -30,6 +30,7 @@ from ..files import replacing
 from ..objectives import FreeAT, Objective, Output
 from ..processes import any_of, gathered, total
 from ..progress import progress_bar
+from ..shards import load, whole
 from ..weights import AWP
 from .averaging import SWA, Average
 from .batches import Batch, Batches
@@ -95,7 +96,8 @@ class Trainer:
     """Trains a model adversarially, from the first step to the last or from wherever an earlier call was stopped.
 
     Args:
-        model: on its device; wrapped in DistributedDataParallel where there are several processes.
+        model: on its device; where there are several processes, wrapped in DistributedDataParallel or sharded
+            (:func:`fastadv.shards.shard`).
         objective: the method, its attack on the bare model.
         batches: what it sees (:class:`fastadv.training.batches.Batches`).
         optimizer, schedule: the learning rate is set before each step, on all parameter groups.
@@ -350,9 +352,9 @@ class Trainer:
     def _checkpoint(self) -> None:
         if self.out is None:
             return
-        own = gathered(self._own_state())
+        state = self.state_dict() | {"processes": gathered(self._own_state())}
         if processes.rank() == 0:
-            Checkpoints(self.out / "checkpoints").save(self.step, self.state_dict() | {"processes": own})
+            Checkpoints(self.out / "checkpoints").save(self.step, state)
         any_of(False)  # nobody goes on, or ends, before it is written
         self._saved_at = time.monotonic()
 
@@ -373,15 +375,16 @@ class Trainer:
         return [self.bare] if self.average is None else [self.bare, self.average.module]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on and that all processes share."""
+        """All that the rest of the run depends on and that all processes share. Of sharded weights, all must ask for it, and
+        the first one gets them."""
         held = {name: getattr(self, name) for name in ("epoch", "step", "batch", "history", "best", "ringing")}
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        parts = {name: whole(part.state_dict()) for name, part in self._parts().items()}
         return held | parts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was taken."""
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            load(part, state[name])
         for name in ("epoch", "step", "batch", "history", "best", "ringing"):
             setattr(self, name, state[name])
 
@@ -421,8 +424,11 @@ class Trainer:
 
     def _write(self, name: str, model: nn.Module) -> None:
         """Weights for others: ``fastadv evaluate`` and ``load_state_dict``."""
-        if self.out is not None and processes.rank() == 0:
-            state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+        if self.out is None:
+            return
+        held = whole(model.state_dict())
+        if processes.rank() == 0:
+            state = {key: value.detach().cpu() for key, value in held.items()}
             with replacing(self.out / f"{name}.pt") as temporary:
                 torch.save(self.saved | {"state_dict": state, "epoch": self.epoch}, temporary)
 

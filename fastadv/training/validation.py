@@ -27,7 +27,8 @@ class Validation:
     """Clean and robust accuracy: ``Validation(images, eps=8/255)(model)``.
 
     Args:
-        images: the processes of a run share them.
+        images: the processes of a run share them, equally many each, as FSDP2 needs it: a last few may be seen twice, and count
+            once.
         eps, steps, norm, loss, bounds: of PGD from a random start, the same one in each call.
         batch_size: at once, in each process.
         seed: of the starts.
@@ -51,8 +52,9 @@ class Validation:
         self.eps, self.steps = checks.number("eps", eps), checks.integer("steps", steps)
         self.norm, self.loss, self.bounds, self.seed = norm, loss, bounds, seed
         self.batch_size = checks.integer("batch_size", batch_size)
-        mine = torch.arange(rank(), len(images), world())
-        self.images, self.numbers, self.count = images.rows(mine), mine, len(images)
+        self.count = len(images)
+        self.numbers = torch.arange(math.ceil(self.count / world())) * world() + rank()
+        self.images = images.rows(self.numbers % self.count)
         self.device = torch.device(device)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -64,14 +66,12 @@ class Validation:
         for numbers, x, y in self._batches():
             pgd.generator = Draws(self.seed, numbers)
             with attacking(model, "eval"), torch.no_grad():
-                sums[0] += _correct(model, x, y)
-                sums[1] += _correct(model, pgd(x, y), y)
-                sums[2] += _correct(model, fgsm(x, y), y)
+                found = [_correct(model, x, y), _correct(model, pgd(x, y), y), _correct(model, fgsm(x, y), y)]
             assert fgsm.info is not None
             assert fgsm.info.zero_grad is not None
-            sums[3] += fgsm.info.zero_grad.sum()
-        found = (total(sums) / self.count).tolist()
-        return dict(zip(("clean", "robust", "fgsm", "zero_grad"), found, strict=True))
+            sums += (torch.stack([*found, fgsm.info.zero_grad]) & (numbers < self.count)).sum(1)
+        means = (total(sums) / self.count).tolist()
+        return dict(zip(("clean", "robust", "fgsm", "zero_grad"), means, strict=True))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Numbers, images and labels."""
@@ -82,7 +82,7 @@ class Validation:
 
 def _correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     logits: Tensor = model(x)
-    return ((logits.argmax(1) == y) & logits.isfinite().all(1)).sum()
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
 def alarms(history: Sequence[Row]) -> dict[str, str]:
