@@ -28,14 +28,17 @@ def shard(model: nn.Module) -> None:
     Weights become contiguous, also where they were in channels_last; buffers stay whole.
 
     Raises:
-        ValueError: a weight is a scalar.
+        ValueError: a weight is a scalar; or it is on a CPU, where torch 2.6 has no FSDP2.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    device = next(model.parameters()).device.type
+    if device == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ValueError(f"model must be on a GPU: FSDP2 runs on a CPU since torch 2.7, and this is {torch.__version__}")
     for p in model.parameters():
         p.data = p.data.contiguous()  # which FSDP2 asks for
-    mesh = init_device_mesh(next(model.parameters()).device.type, (processes.world(),))
+    mesh = init_device_mesh(device, (processes.world(),))
     lists = (nn.Sequential, nn.ModuleList)
     members = {member for module in model.modules() if isinstance(module, lists) for member in module.children()}
     tied = len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False)))
