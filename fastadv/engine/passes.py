@@ -113,9 +113,9 @@ class Passes:
     def pullback(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits, and the gradient with respect to ``inputs`` by that of the logits [N, C]: several of them from one forward.
 
-        Each up to its scale, as in :meth:`gradient`. Not compiled.
+        Each up to its scale, as in :meth:`gradient`. Never compiled.
         """
-        logits = self.logits(inputs.requires_grad_())
+        logits = Passes.logits(self, inputs.requires_grad_())
 
         def gradient(dlogits: Tensor) -> Tensor:
             with mark("model backward"):
