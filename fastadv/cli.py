@@ -116,6 +116,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--out", default="fastadv-evaluation", metavar="DIR", help="of the page, and to go on from (default: %(default)s)")
     add("--no-alarms", dest="alarms", action="store_false", help="do not look for signs of a flawed evaluation")
     add("--engine", default="eager", choices=ENGINES, help="how attacks run the model (default: %(default)s)")
+    add("--precision", default="fp32", choices=PRECISIONS, help="of attacks; verdicts are in fp32 (default: %(default)s)")
+    add("--twin", action="store_true", help="attack a copy with batch norms folded and faster convolutions")
 
 
 def _add_analyze(parser: argparse.ArgumentParser) -> None:

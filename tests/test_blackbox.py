@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from models import FailsAt, batch, cnn, count_calls, linear, one_thread, state, surroundings  # noqa: F401
-from test_engine import aot
 from torch import nn
 
 import fastadv
@@ -313,8 +312,7 @@ def test_targeted(name):
 
 
 @pytest.mark.parametrize("how", [{"engine": "compile"}, {"twin": True}], ids=str)
-def test_every_engine_runs_it(name, how, monkeypatch):
-    monkeypatch.setattr(torch, "compile", aot)
+def test_every_engine_runs_it(name, how, no_codegen):
     x, _ = batch(4, dtype=torch.float64)
     net = cnn().double().eval()
     plain, attack = BLACKBOX[name](net), BLACKBOX[name](net, **how)

@@ -193,6 +193,18 @@ def test_verdicts_are_in_full_precision():
 # ------------------------------------------------------------------------------------- nothing depends on the batches
 
 
+@pytest.mark.parametrize("way", [{"twin": True}, {"precision": "bf16"}, {"engine": "auto"}], ids=str)
+def test_however_attacks_run_the_model_verdicts_are_its_own(way):
+    x, y = held_out()
+    net = trained_lenet()
+    version = ["apgd-ce", fastadv.FABT(net, EPS, targets=2, steps=5, **way), fastadv.Square(net, EPS, queries=20, **way)]
+    found, plain = (evaluate(net, (x, y), EPS, version=version, alarms=False, keep_images=True, **o) for o in (way, {}))
+    fooled = net(found.x_adv).argmax(1) != y
+    assert fooled.tolist() == [bool(name) for name in found.broken_by]
+    assert 0.05 < fooled.double().mean() < 0.95
+    assert abs(found.robust_accuracy - plain.robust_accuracy) <= 2 / len(x)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 48, 1000])
 def test_batch_sizes_do_not_matter(batch_size):
     x, y = held_out()

@@ -314,6 +314,7 @@ def test_other_engines_find_about_the_same(kind, settings):
     torch.testing.assert_close(other.info.distance[found].mean(), plain.info.distance[found].mean(), rtol=loose, atol=0)
 
 
+@pytest.mark.usefixtures("no_codegen")
 def test_compiled_steps_find_the_same():
     x, y = digits()
     x, y = x[1200:1210], y[1200:1210]

@@ -115,6 +115,7 @@ def test_a_layer_that_is_called_twice_counts_once():
             torch.testing.assert_close(run(x), nn.functional.linear(x, net.layer.weight, net.layer.bias))
 
 
+@pytest.mark.usefixtures("no_codegen")
 def test_compiled_is_the_same_attack():
     x, y = batch(dtype=torch.float64)
     net = cnn().double()

@@ -351,6 +351,7 @@ def test_other_passes_fool_the_model_itself(name, settings):
     assert (other.info.distance[near] <= 1.5 * plain.info.distance[near] + 2 * (plain.norm == "l0")).all()
 
 
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize("name", ["deepfool l2", "cw", "fmn linf"])
 def test_compiled(name):
     x, _ = batch(4)

@@ -214,6 +214,7 @@ def test_each_view_draws_anew():
     assert attack.info.forwards == 3 * 2 + 1
 
 
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize(
     "options", [{"engine": "compile"}, {"twin": True}, {"memory": "signs"}, {"precision": "bf16"}], ids=str
 )

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from models import FailsAt, batch, cnn, count_calls, linear, one_thread, state, surroundings  # noqa: F401
-from test_engine import aot
 from torch import nn
 
 import fastadv
@@ -237,9 +236,8 @@ def test_the_model_is_left_as_found(fails):
 
 
 @pytest.mark.parametrize("how", [{"engine": "compile"}, {"engine": "auto"}, {"twin": True}, {"memory": "signs"}], ids=str)
-def test_every_engine_runs_it(how, monkeypatch):
+def test_every_engine_runs_it(how, no_codegen):
     """The same image: in fp64, and where each pixel counts, rounding decides no comparison."""
-    monkeypatch.setattr(torch, "compile", aot)
     x, _ = batch(6, dtype=torch.float64)
     net = double(linear())
     y = net(x).argmax(1)

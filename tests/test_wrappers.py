@@ -182,6 +182,7 @@ def test_bpda_has_the_gradient_of_its_backward():
         )
 
 
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize("engine", ["eager", "compile"])
 def test_a_quantised_front_end_hides_the_gradient_and_bpda_finds_it(engine):
     """On a linear model the attack past the front end is the one without it, for its gradient is the same everywhere."""
@@ -214,6 +215,7 @@ def test_bpda_may_leave_torch():
     assert not torch.equal(adv, x)
 
 
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"memory": "signs"}, {"precision": "bf16", "engine": "compile"}])
 def test_bpda_in_every_precision_and_memory(options):
     x, y = batch()
@@ -248,6 +250,7 @@ def test_bpda_may_change_the_shape_with_a_backward_that_does():
 # --------------------------------------------------------------------------------------------------- engines and twins
 
 
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_compiled_attack_on_an_expectation(recompute):
     x, _ = batch(n=20)

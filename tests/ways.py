@@ -60,6 +60,11 @@ def aot(function, **options):
 COMPILE = torch.compile
 
 
+@pytest.fixture
+def no_codegen(monkeypatch):
+    monkeypatch.setattr(torch, "compile", aot)
+
+
 WAYS = {
     "eager": {},
     "graph": {"engine": "graph"},
@@ -74,8 +79,7 @@ WAYS = {
 
 
 @pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    monkeypatch.setattr(torch, "compile", aot)
+def way(request, no_codegen):
     if "graph" in request.param:
         request.getfixturevalue("recorder")
     return WAYS[request.param]

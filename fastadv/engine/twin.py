@@ -1,8 +1,8 @@
 """The frozen twin: a copy of a model that exists only to be attacked in eval mode, and is cheaper to run than the model.
 
-Batch norms that follow a convolution or a linear layer are folded into it, convolutions over images are in channels_last, and
-weights are in the precision that autocast would cast them to in each forward. A model is refused where its copy might not
-compute what it does, now and after every :meth:`Twin.refresh`.
+Batch norms that follow a convolution or a linear layer are folded into it, convolutions over images are in channels_last, thin
+ones take their input gradients by another way on a CPU, and weights are in the precision that autocast would cast them to in
+each forward. A model is refused where its copy might not compute what it does, now and after every :meth:`Twin.refresh`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..normalize import Normalize
 from .guest import Model, attacking
+from .thin import ThinConv2d, is_thin
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -63,6 +64,9 @@ class Twin:
             self.module = fx.GraphModule(root, graph).eval()
             self._copies: dict[str, Tensor] = {}  # the twin's tensors but those of folds, by their names in the model
             self._allocate(_read(graph))
+            if dtype is None:
+                for module in filter(is_thin, self.module.modules()):
+                    module.__class__ = ThinConv2d
         self.refresh()
 
     def _allocate(self, read: set[str]) -> None:
@@ -99,6 +103,9 @@ class Twin:
             present.append(theirs)
         for own, present in alike.values():
             torch._foreach_copy_(own, present)
+        for module in self.module.modules():
+            if isinstance(module, ThinConv2d):
+                module.refresh()
 
     def fits(self, model: nn.Module) -> bool:
         """Whether this is the model that the twin was made of, and only values of tensors have changed in it since.

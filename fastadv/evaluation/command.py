@@ -40,6 +40,8 @@ def run(
     out: str | Path = "fastadv-evaluation",
     alarms: bool = True,
     engine: str = "eager",
+    precision: str = "fp32",
+    twin: bool = False,
     samples: int | None = None,
     command: str | None = None,
 ) -> Evaluation:
@@ -47,7 +49,7 @@ def run(
 
     Args:
         checkpoint, model: as :func:`load_model`. data: as :func:`load_data`.
-        eps, norm, version, batch_size, seed, alarms, engine: as :func:`fastadv.evaluate`.
+        eps, norm, version, batch_size, seed, alarms, engine, precision, twin: as :func:`fastadv.evaluate`.
         device: default: a GPU where there is one.
         out: folder of the page; what has been found is kept in its subfolder "state", from which the same call goes on.
         samples: only the first so many.
@@ -67,7 +69,7 @@ def run(
         try_on(network, x[:1].to(chosen))
         found = evaluate(
             network, (x, y), eps, norm, version, batch_size=batch_size, seed=seed, resume=folder / "state", alarms=alarms,
-            keep_images=True, device=chosen, engine=engine,
+            keep_images=True, device=chosen, engine=engine, precision=precision, twin=twin,
         )  # fmt: skip
         if rank == 0:
             found.curves = robustness_curves(network, x, y, eps, norm, seed=seed, batch_size=batch_size)

@@ -137,6 +137,7 @@ def evaluate(
         "attacks": {name: repr(attack) for name, attack in attacks.items()},
         "engine": engine,
         "precision": precision,
+        "twin": bool(twin),
         "fastadv": __version__,
     }
     settings["device"] = device_name(device)
