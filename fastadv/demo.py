@@ -299,18 +299,18 @@ def time_round(
     timed = batches[:TIMED]
     seconds = {}
     for side in ("fastadv", "eager") if fastadv_first else ("eager", "fastadv"):
-        twin, twin_optimizer = copy.deepcopy((model, optimizer))  # together, so that one holds the other's weights
+        network, its_optimizer = copy.deepcopy((model, optimizer))  # together, so that one holds the other's weights
         generator = torch.Generator().manual_seed(seed)
-        attack: Attack = PGD(twin, eps, steps=TRAIN_STEPS, generator=generator)
+        attack: Attack = PGD(network, eps, steps=TRAIN_STEPS, generator=generator, twin=True)
         if side == "eager":
             alpha = 2.5 * eps / TRAIN_STEPS  # what fastadv takes by default
-            attack = partial(handwritten_pgd, twin, eps=eps, alpha=alpha, steps=TRAIN_STEPS, generator=generator)
+            attack = partial(handwritten_pgd, network, eps=eps, alpha=alpha, steps=TRAIN_STEPS, generator=generator)
         start = time.perf_counter()
         for x, y in timed:
-            loss = F.cross_entropy(twin(attack(x, y)), y)
-            twin_optimizer.zero_grad()
+            loss = F.cross_entropy(network(attack(x, y)), y)
+            its_optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            twin_optimizer.step()
+            its_optimizer.step()
         seconds[side] = (time.perf_counter() - start) * len(batches) / len(timed)
     return Round(**seconds)
 
@@ -460,7 +460,8 @@ def evaluate(name: str, network: Network, digits: Digits, seed: int) -> None:
 ATTACKS = f"PGD from a random start, alpha = 2.5 eps / steps = {2.5 * EPS / TEST_STEPS:.5g}; FGSM one step of eps"
 ROUNDS = (
     f"Seconds for an epoch of PGD-{TRAIN_STEPS} adversarial training, from rounds of {TIMED} batches of {BATCH} all along the "
-    "training; in each, both sides train copies of the same network on the same batches, taking turns in going first"
+    "training; in each, both sides train copies of the same network on the same batches, taking turns in going first. fastadv "
+    "attacks a frozen twin of the network (twin=True), as it did in the training"
 )
 COLOURS = {"standard": "#d97706", "robust": "#3b82f6"}  # both legible on white and on near-black
 WRONG = "#e5484d"

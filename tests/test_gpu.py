@@ -33,6 +33,8 @@ import fastadv
 from fastadv import native, ops, reference
 
 pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
 
 BACKENDS = ("cuda", "triton")
 LABEL_LOSSES = ("ce", "log_odds", "margin", "dlr", "dlr_targeted")

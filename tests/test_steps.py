@@ -29,10 +29,15 @@ from fastadv import ops
 from fastadv.reference import step as reference
 
 
-def worth_interpreting(dtypes: tuple[torch.dtype, torch.dtype], shape: str, layout: str, scalars: str) -> bool:
-    """Triton's interpreter is slow: all shapes and layouts in fp32, the other types on one of each kind."""
-    if dtypes == STEP_DTYPES[0] and shape != "chunks":
+def worth_testing(backend: str, dtypes: tuple[torch.dtype, torch.dtype], shape: str, layout: str, scalars: str) -> bool:
+    """All shapes and layouts in fp32, and of the C++ kernels in all types. Other types of the reference, which is PyTorch,
+    contiguous; of Triton, whose interpreter is slow, on one shape of each kind."""
+    if backend == "cpp":
         return True
+    if dtypes == STEP_DTYPES[0] and (backend == "reference" or shape != "chunks"):
+        return True
+    if backend == "reference":
+        return layout == "contiguous"
     samples = {("row", "shared"), ("odd", "per_sample")}
     if dtypes in STEP_DTYPES[:2]:
         samples.add(("chunks", "shared" if dtypes == STEP_DTYPES[0] else "per_sample"))
@@ -47,7 +52,7 @@ CASES = [
     for shape in SHAPES
     for layout in layouts(SHAPES[shape])
     for scalars in ("shared", "per_sample")
-    if backend != "triton" or worth_interpreting(dtypes, shape, layout, scalars)
+    if worth_testing(backend, dtypes, shape, layout, scalars)
     if (op, backend, dtypes[0], shape) != ("l1_step", "triton", torch.float64, "chunks")  # which takes a quarter of a minute
 ]
 
@@ -219,7 +224,7 @@ UPDATE_CASES = [
     for shape in SHAPES
     for layout in layouts(SHAPES[shape])
     for scalars in ("shared", "per_sample")
-    if backend != "triton" or worth_interpreting(dtypes, shape, layout, scalars)
+    if worth_testing(backend, dtypes, shape, layout, scalars)
 ]
 
 
@@ -315,7 +320,7 @@ START_CASES = [
     for shape in SHAPES
     for layout in layouts(SHAPES[shape])
     for scalars in ("shared", "per_sample")
-    if backend != "triton" or worth_interpreting((dtype, dtype), shape, layout, scalars)
+    if worth_testing(backend, (dtype, dtype), shape, layout, scalars)
 ]
 
 
