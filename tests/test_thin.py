@@ -29,6 +29,7 @@ def test_it_is_the_gradient(channels, kernel, stride, padding, size):
     for layout in (torch.contiguous_format, torch.channels_last):
         found = image_gradient(gradient.contiguous(memory_format=layout), sorted_taps, channels, stride, padding, size)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert image_gradient(gradient[:0], sorted_taps, channels, stride, padding, size).shape == (0, channels, *size)
 
 
 def net(**changes) -> nn.Sequential:

@@ -56,8 +56,8 @@ def image_gradient(gradient: Tensor, kernel: Tensor, inputs: int, stride: Pair, 
     if before != after:
         gradient, before = F.pad(gradient, (before[1], after[1], before[0], after[0])), [0, 0]
     found = F.conv2d(gradient, kernel, stride=steps, padding=before)[:, :, : counts[0], : counts[1]]
-    image = found.permute(0, 2, 3, 1).reshape(-1, *counts, *blocks, inputs).transpose(2, 3)
-    image = image.reshape(-1, counts[0] * blocks[0], counts[1] * blocks[1], inputs).permute(0, 3, 1, 2)
+    image = found.permute(0, 2, 3, 1).reshape(len(found), *counts, *blocks, inputs).transpose(2, 3)
+    image = image.reshape(len(found), counts[0] * blocks[0], counts[1] * blocks[1], inputs).permute(0, 3, 1, 2)
     return image[:, :, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
 
 
