@@ -201,5 +201,5 @@ def test_kernels_compute_the_table_under_the_sanitizers(runs, run):
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-12000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed, result.stdout
-    assert int(passed[1]) > 200, result.stdout
+    assert int(passed[1]) > {"cuda, reverse": 250}.get(run, 400), result.stdout  # which has fewer cases
     assert "skipped" not in result.stdout, result.stdout

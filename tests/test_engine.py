@@ -574,9 +574,8 @@ def test_a_compiled_attack_is_the_same_attack():
     assert attack.stats.steps == {"eager": 5, "compile": 5} or attack.stats.steps == {"eager": 5, "compile, channels_last": 5}
 
 
-def test_many_attacks_are_compiled_in_one_process(monkeypatch):
+def test_many_attacks_are_compiled_in_one_process(no_codegen):
     """torch stops at eight recompilations of one function."""
-    monkeypatch.setattr(torch, "compile", aot)
     x, y = batch()
     for i in range(12):
         attack = fastadv.PGD(linear(seed=i), 0.03, steps=1, init="zero", engine="compile")
@@ -593,8 +592,7 @@ class Branches(nn.Module):
         return self.net(x) if float(x.sum()) > 0 else -self.net(x)
 
 
-def test_a_model_that_cannot_be_compiled(monkeypatch):
-    monkeypatch.setattr(torch, "compile", aot)
+def test_a_model_that_cannot_be_compiled(no_codegen):
     x, y = batch()
     net = Branches()
     attack = fastadv.PGD(net, 0.03, engine="compile")
@@ -620,9 +618,8 @@ class Counts(nn.Module):
         return self.net(x) + 0 * self.calls
 
 
-def test_auto_does_without_a_plan_that_fails_while_it_is_timed(monkeypatch):
+def test_auto_does_without_a_plan_that_fails_while_it_is_timed(no_codegen):
     """torch.compile refuses to compile again and again."""
-    monkeypatch.setattr(torch, "compile", aot)
     x, y = batch()
     attack = fastadv.PGD(Counts(), 0.03, steps=1, init="zero", engine="auto")
     attack(x, y)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -114,8 +113,7 @@ def test_no_samples_and_no_labels():
 @pytest.mark.parametrize(
     "options", [{"twin": True}, {"memory": "signs"}, {"engine": "compile"}, {"precision": "bf16"}], ids=str
 )
-def test_every_way_of_running_it_attacks(options, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # generates no code, which takes a while
+def test_every_way_of_running_it_attacks(options, no_codegen):
     x, y = batch()
     model = cnn().eval()
     attack = MIFGSM(model, 0.1, **options)

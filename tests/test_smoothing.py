@@ -188,7 +188,7 @@ def test_a_twins_convolutions_are_fused_or_it_is_run_as_it_is(monkeypatch):
     assert fused is not twin.module
     assert "BatchNorm" not in str(fused.inlined_graph)
     torch.testing.assert_close(fused(x), net(x))
-    monkeypatch.setattr(torch.jit, "freeze", lambda traced: lambda x: net(x) + 1)  # what goes wrong is seen
+    monkeypatch.setattr(torch.jit, "optimize_for_inference", lambda frozen: lambda x: net(x) + 1)  # what goes wrong is seen
     assert twin.forward(x) is twin.module
     monkeypatch.delattr(torch.jit, "trace")
     assert twin.forward(x) is twin.module

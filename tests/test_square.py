@@ -235,7 +235,10 @@ def test_the_model_is_left_as_found(fails):
     assert (state(model), surroundings()) == before
 
 
-@pytest.mark.parametrize("how", [{"engine": "compile"}, {"engine": "auto"}, {"twin": True}, {"memory": "signs"}], ids=str)
+WAYS = [{"engine": "compile"}, {"engine": "auto"}, {"twin": True}, {"engine": "auto", "twin": True}, {"memory": "signs"}]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
 def test_every_engine_runs_it(how, no_codegen):
     """The same image: in fp64, and where each pixel counts, rounding decides no comparison."""
     x, _ = batch(6, dtype=torch.float64)
@@ -248,6 +251,7 @@ def test_every_engine_runs_it(how, no_codegen):
         assert torch.equal(attack.info.success, plain.info.success)
         if how.get("engine") == "compile":
             assert sum(steps for plan, steps in attack.stats.steps.items() if plan.startswith("compile")) > 100
+        assert bool(attack.stats.choices) == (how == {"engine": "auto"})  # a twin that only answers is compiled already
 
 
 def test_low_precision_passes_have_no_last_word():

@@ -72,7 +72,7 @@ AS_ONE = {
     "awp after the step": {"awp": {"restore": "after_step"}},
     "mixup": {"method": {"name": "pgd-at", "beta": None}, "data": {"mix": "mixup"}, "awp": None},
 }
-SHARED = {sync: {"awp": {"sync": sync, "warmup": 0}, "epochs": 5} for sync in ("global", "local")}  # 25 steps
+SYNCS = {sync: {"awp": {"sync": sync, "warmup": 0}, "epochs": 5} for sync in ("global", "local")}  # 25 steps
 WHOLE = {"model": {"name": "small-cnn"}, "epochs": 2}  # whose dropout is drawn by each rank's own generator
 
 
@@ -80,7 +80,7 @@ WHOLE = {"model": {"name": "small-cnn"}, "epochs": 2}  # whose dropout is drawn 
 def by_two(data, tmp_path_factory) -> Path:  # noqa: F811
     """The folders of all trainings below, by one pair of processes."""
     folder = tmp_path_factory.mktemp("by two")
-    runs = {name: changes | NEAR for name, changes in AS_ONE.items()} | SHARED | {"whole": WHOLE}
+    runs = {name: changes | NEAR for name, changes in AS_ONE.items()} | SYNCS | {"whole": WHOLE}
     cut = [WHOLE | {"max_steps": 7}, WHOLE]
     on_ranks(
         2,
@@ -104,7 +104,7 @@ def test_two_processes_are_one(data, by_two, name):  # noqa: F811
         assert [row[key] for row in mine] == pytest.approx([row[key] for row in theirs], abs=1e-5), key
 
 
-@pytest.mark.parametrize("sync", SHARED)
+@pytest.mark.parametrize("sync", SYNCS)
 def test_ranks_stay_the_same_bits_whatever_awp_shares(by_two, sync):
     first, second = seen(by_two / sync)
     assert first == second
@@ -146,9 +146,8 @@ def residual() -> nn.Module:
     return Residual()
 
 
-SHARDED = {
+SHARDED = NEAR | {
     "model": {"name": "test_training_distributed:residual"},
-    "attack": {"alpha": 0.007},
     "awp": {"gamma": 0.05},
     "optimizer": {"name": "adamw", "clip": 0.5, "decay_biases": False},
     "schedule": {"lr": 0.003},

@@ -62,6 +62,7 @@ COMPILE = torch.compile
 
 @pytest.fixture
 def no_codegen(monkeypatch):
+    """For who asks for compiled passes, and not for a compiler."""
     monkeypatch.setattr(torch, "compile", aot)
 
 
