@@ -45,6 +45,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _no_code_is_generated_for_a_quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    if QUICK:  # does it run, not how fast is it: the compiler would take most of the time
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_speed(benchmark: Any, case: timing.Case, name: str) -> None:
     try:

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 # What engine="auto" measures under tests is nothing for the user's own file.
 os.environ["FASTADV_CACHE"] = tempfile.mkdtemp(prefix="fastadv-tests-")
 
-from ways import no_codegen, own_choices, recorder, way  # noqa: F401 - fixtures, which import fastadv
+from ways import no_codegen, own_choices, quick_alarms, recorder, way  # noqa: F401 - fixtures, which import fastadv
 
 atexit.register(shutil.rmtree, os.environ["FASTADV_CACHE"], ignore_errors=True)
 

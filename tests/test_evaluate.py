@@ -193,6 +193,7 @@ def test_verdicts_are_in_full_precision():
 # ------------------------------------------------------------------------------------- nothing depends on the batches
 
 
+@pytest.mark.usefixtures("no_codegen")
 @pytest.mark.parametrize("way", [{"twin": True}, {"precision": "bf16"}, {"engine": "auto"}], ids=str)
 def test_however_attacks_run_the_model_verdicts_are_its_own(way):
     x, y = held_out()
@@ -499,7 +500,7 @@ def test_square_is_compared_with_all_gradients_before_it(monkeypatch):
     assert alarms_of(evaluate(masked, (x, y), EPS, version=quick(masked)))[name].rings
 
 
-def test_a_randomised_model_is_trusted_under_rand(monkeypatch):
+def test_a_randomised_model_is_trusted_under_rand(monkeypatch, quick_alarms):
     monkeypatch.setattr(protocol, "RUNS", 3)  # whose mean is as random as that of 20
     x, y = held_out(8)
     net = trained_lenet()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastadv.engine import graphs
+from fastadv.evaluation import alarms
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,13 @@ COMPILE = torch.compile
 def no_codegen(monkeypatch):
     """For who asks for compiled passes, and not for a compiler."""
     monkeypatch.setattr(torch, "compile", aot)
+
+
+@pytest.fixture
+def quick_alarms(monkeypatch):
+    """Shorter attacks, fewer draws."""
+    for name, value in {"STEPS": 40, "NOISE_DRAWS": 20, "NEIGHBOURS": 20, "PLANTED": 6}.items():
+        monkeypatch.setattr(alarms, name, value)
 
 
 WAYS = {

@@ -27,9 +27,9 @@ from ..engine import Model, attacking, unwrap
 from ..machine import device_name
 from ..processes import Group
 from ..progress import progress_bar
-from .alarms import probabilities, sanity_checks, square_beats_white_box
+from .alarms import Alarm, missed_by_gradients, probabilities, sanity_checks, square_beats_white_box
 from .outcome import Evaluation, Row
-from .probes import device_of, evenly_spaced
+from .probes import Probe, device_of, evenly_spaced
 from .records import Record, Records, fingerprint, fingerprint_of
 
 VERSIONS = {
@@ -41,6 +41,7 @@ VERSIONS = {
 RUNS = 20  # of a randomised model, over which version "rand" takes the mean
 RANDOMISED, PROBABILITIES = "randomised model", "probabilities instead of logits"  # alarms about the model's answers
 ALARM_SAMPLES = 256  # evenly spaced
+SQUARES = 64  # of the samples that only Square has fooled, looked at again, evenly spaced
 SLACK, ROUNDING = 1e-5, 2.0**-23  # of eps, and of each element: what rounding may add to a length
 
 
@@ -160,17 +161,26 @@ def evaluate(
                 found.alarms = [a for a in found.alarms if a.name not in (RANDOMISED, PROBABILITIES)]
                 with attacking(unwrap(model)), torch.no_grad():
                     found.alarms.append(probabilities(unwrap(model)(images[:batch_size])))
-            if (square := _square_after_all(attacks)) is not None:
-                found.alarms.append(square_beats_white_box(*protocol.around[square]))
+            if (last := _square_after_all(attacks)) is not None:
+                probe = Probe(judge, norm, bounds, seed, batch_size)
+                found.alarms.append(_compared_with_gradients(*last, protocol, probe))
     return found
 
 
-def _square_after_all(attacks: Mapping[str, Attack | PGD]) -> str | None:
-    """The name of a Square attack that met who had survived every attack with gradients, if there is one."""
+def _square_after_all(attacks: Mapping[str, Attack | PGD]) -> tuple[str, Square] | None:
+    """The Square attack that met who had survived every attack with gradients, and its name, if there is one."""
     white_box = [name for name, attack in attacks.items() if isinstance(attack, PGD) or attack.GRADIENTS]
-    square = [name for name, attack in attacks.items() if isinstance(attack, Square)]
+    square = [(name, attack) for name, attack in attacks.items() if isinstance(attack, Square)]
     order = list(attacks)
-    return square[-1] if white_box and square and order.index(square[-1]) > order.index(white_box[-1]) else None
+    return square[-1] if white_box and square and order.index(square[-1][0]) > order.index(white_box[-1]) else None
+
+
+def _compared_with_gradients(name: str, square: Square, protocol: _Protocol, probe: Probe) -> Alarm:
+    before, after = protocol.around[name]
+    taken = (before & ~after).nonzero()[:, 0]
+    some = taken[evenly_spaced(SQUARES, len(taken))]
+    x, y, numbers = (t.to(protocol.device) for t in (protocol.x[some], protocol.y[some], some))
+    return square_beats_white_box(before, after, missed_by_gradients(probe, x, y, protocol.eps, numbers, square.queries))
 
 
 def gathered(data: Any) -> tuple[Tensor, Tensor]:

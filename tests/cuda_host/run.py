@@ -8,10 +8,12 @@ tests/test_cuda_host.py starts it, as the sanitizers' libraries must be loaded b
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,12 +42,21 @@ def route_cpu_tensors_to_cuda_kernels() -> None:
     native._launch = launch
 
 
-def allow_for_scalar_sums() -> None:
-    """Under the sanitizers no loop is vectorised: a sum has one accumulator in place of sixteen, and rounds more."""
+def shorten_the_table(cuda: bool) -> None:
+    """To native kernels: to collect what is then left out would take as long as the tests."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import table
 
-    table.ROUNDING[torch.float32] *= 32
+    table.BACKENDS = ("cpp",)
+    for backends in (table.STEP_BACKENDS, table.UPDATE_BACKENDS):
+        backends.update(dict.fromkeys(backends, table.BACKENDS))
+    if not cuda:  # under the sanitizers no loop is vectorised: a sum has one accumulator in place of sixteen, and rounds more
+        table.ROUNDING[torch.float32] *= 32
+
+
+@functools.cache
+def is_about_triton(test: Callable[..., object]) -> bool:
+    return '"triton"' in inspect.getsource(test)
 
 
 class OnlyNativeKernels:
@@ -58,19 +69,17 @@ class OnlyNativeKernels:
         if not isinstance(item, pytest.Function):
             return False
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        backend = parameters.get("backend", "triton" if '"triton"' in inspect.getsource(item.function) else "cpp")
+        native = parameters["backend"] == "cpp" if "backend" in parameters else not is_about_triton(item.function)
         refused = self.cuda and parameters.get("case") in ONLY_CPU_REFUSES
-        return backend == "cpp" and not refused and not cut_for_threads(item)
+        return native and not refused and not cut_for_threads(item)
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        config.hook.pytest_deselected(items=[item for item in items if not self.runs(item)])
-        items[:] = filter(self.runs, items)
+        native = [item for item in items if self.runs(item)]
         # A fifth of the cases in one order of threads and fewer, others, in the other, neighbours that differ in one axis: what
         # lacks a barrier or reads too far does so in most of them.
-        left_out = items[:]
-        items[:] = items[1::15] if os.environ["CUDA_HOST_ORDER"] == "reverse" else items[::5]
-        kept = set(items)
-        config.hook.pytest_deselected(items=[item for item in left_out if item not in kept])
+        kept = native[1::15] if os.environ["CUDA_HOST_ORDER"] == "reverse" else native[::5]
+        config.hook.pytest_deselected(items=list({*items}.difference(kept)))
+        items[:] = kept
 
 
 def cut_for_threads(item: pytest.Function) -> bool:
@@ -81,10 +90,9 @@ def cut_for_threads(item: pytest.Function) -> bool:
 
 def main(kernels: str, module: str, *arguments: str) -> int:
     load_module(module)
+    shorten_the_table(kernels == "cuda")
     if kernels == "cuda":
         route_cpu_tensors_to_cuda_kernels()
-    else:
-        allow_for_scalar_sums()
     return pytest.main([*arguments], plugins=[OnlyNativeKernels(kernels == "cuda")])
 
 
