@@ -95,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for i in range(0, len(x), given.check):
         expected = votes_on_our_noise(model, x[i : i + 1], smooth, given.n, classes)
         for name, voters in zip(same, (smooth, twinned), strict=True):
-            same[name] &= torch.equal(expected, voters._vote(x[i : i + 1], given.n, smoothing.ESTIMATION)[0][0])
+            with voters._asking(x[i : i + 1]) as asked:
+                votes = voters._vote(asked, x[i : i + 1], given.n, smoothing.ESTIMATION)[0]
+            same[name] &= torch.equal(expected, votes[0])
     ours, by_twin, asked = (fastadv.certify.Certificates.joined(found[side]) for side in list(sides)[1:])  # type: ignore[arg-type]
     same["twin on all samples"] = torch.equal(ours.votes, by_twin.votes)
     agree = torch.equal(ours.right(y, given.radius), asked.right(y, given.radius))

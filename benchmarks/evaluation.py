@@ -28,7 +28,7 @@ from fastadv.evaluation.command import load_model
 from fastadv.evaluation.protocol import standard_attacks
 
 from . import report, run
-from .peers import _importing
+from .peers import importing
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 BATCH = 256
@@ -38,7 +38,7 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 
 def reference(model: nn.Module, eps: float, seed: int) -> tuple[str, dict[str, Attack]]:
     """The reference's attacks by name, set as its standard version sets them, and what it is."""
-    with _importing():
+    with importing():
         from pyautoattack import AutoAttack
 
     whole = AutoAttack(model, norm="Linf", eps=eps, version="standard", device="cpu", seed=seed)

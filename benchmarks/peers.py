@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _importing() -> Iterator[None]:
+def importing() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
@@ -40,7 +40,7 @@ def _importing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stand_ins(*names: str) -> Iterator[None]:
+def stand_ins(*names: str) -> Iterator[None]:
     """Empty modules in place of those of ``names`` that do not import here; gone again afterwards.
 
     adv-lib imports torchvision and visdom at its top, the first for a perceptual distance and the second for plots. PGD uses
@@ -65,14 +65,14 @@ def _stand_ins(*names: str) -> Iterator[None]:
 
 
 def torchattacks(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Attack:
-    with _importing():
+    with importing():
         import torchattacks
     attack = torchattacks.PGD(model, eps=eps, alpha=alpha, steps=steps, random_start=True)
     return lambda: attack(x, y)
 
 
 def foolbox(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Attack:
-    with _importing():
+    with importing():
         import foolbox
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
     attack = foolbox.attacks.LinfPGD(abs_stepsize=alpha, steps=steps, random_start=True)
@@ -80,7 +80,7 @@ def foolbox(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, st
 
 
 def art(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Attack:
-    with _importing():
+    with importing():
         from art.attacks.evasion import ProjectedGradientDescent
         from art.estimators.classification import PyTorchClassifier
     classifier = PyTorchClassifier(
@@ -99,7 +99,7 @@ def art(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps:
 
 
 def adv_lib(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Attack:
-    with _importing(), _stand_ins("torchvision", "torchvision.models", "visdom"):
+    with importing(), stand_ins("torchvision", "torchvision.models", "visdom"):
         from adv_lib.attacks import pgd_linf
     return lambda: pgd_linf(model, x, y, eps, steps=steps, absolute_step_size=alpha, random_init=True)
 

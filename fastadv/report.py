@@ -155,11 +155,11 @@ def chart(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 def finished(figure: Figure, axis: Axes, percent: bool) -> Figure:
     """Scale, grid and legend, once all lines are drawn."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axis.set_ylim(*((-0.03, 1.03) if percent else (0, None)))
     if percent:
-        axis.yaxis.set_major_formatter("{x:.0%}")
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
     if axis.get_xlabel() == "epoch":
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)

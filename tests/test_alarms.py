@@ -294,7 +294,7 @@ def test_what_square_finds_gradients_may_find_with_as_many_queries():
     before, after = fraction(0.5), fraction(0.48)
     for missed, rings in ((1.0, True), (0.3, True), (0.25, False), (0.0, False)):  # of 20 samples; 5 of 1,000 are half a point
         assert alarms.square_beats_white_box(before, after, missed).rings == rings
-    assert not alarms.square_beats_white_box(before, before).rings
+    assert not alarms.square_beats_white_box(before, before, 0.0).rings
     x, y = some_digits(24)
     net = trained_lenet()
     probe, numbers = Probe(net, seed=3), torch.arange(24)
@@ -302,17 +302,18 @@ def test_what_square_finds_gradients_may_find_with_as_many_queries():
     def missed(asked, starts):
         return alarms.missed_by_gradients(replace(probe, model=asked), x, y, EPS, numbers, int(2 * starts * alarms.STEPS))
 
-    alone = [probe.pgd(x, y, EPS, numbers, alarms.STEPS, start).standing for start in range(3)]
+    alone = [probe.pgd(x, y, EPS, numbers, alarms.STEPS, start).standing for start in (1, 2, 3)]
     assert 0 < missed(net, 1) == float(alone[0].double().mean()) < 1
     assert missed(net, 3) == float((alone[0] & alone[1] & alone[2]).double().mean())
     assert missed(net, 0.5) == missed(net, 1)  # one start, whatever it costs
     assert missed(Fronted(net, before=lambda x: (8 * x).round() / 8), 3) > missed(net, 3)
+    assert missed(Fronted(net, before=torch.Tensor.detach), 3) == 1
 
 
 @pytest.mark.parametrize(
     ("check", "most"),
     [
-        (lambda lost: alarms.square_beats_white_box(fraction(0.5), fraction(0.5 - lost)), 0.005),
+        (lambda lost: alarms.square_beats_white_box(fraction(0.5), fraction(0.5 - lost), 1.0), 0.005),
         (lambda lost: alarms.still_gains("steps", fraction(0.5), fraction(0.5 - lost)), 0.005),
         (lambda lost: alarms.beats_white_box("transfer", fraction(0.5), fraction(lost)), 0.005),
         (lambda lost: alarms.single_step_beats_iterative(fraction(0.5 - lost), fraction(0.5)), 0.005),

@@ -133,7 +133,8 @@ def test_votes_are_those_of_the_noise_that_the_seed_gives():
     """Counted one by one: draw k of an image is of its content, the seed and k."""
     net, (x, _) = cnn().eval(), batch(3)
     smooth = Smooth(net, SIGMA, seed=5, batch_size=7)
-    votes, runs = smooth._vote(x, 130, smoothing.ESTIMATION)
+    with smooth._asking(x) as asked:
+        votes, runs = smooth._vote(asked, x, 130, smoothing.ESTIMATION)
     for image, number, counted in zip(x, numbers_of(x), votes, strict=True):
         noise = [Draws(5, number[None], smoothing.ESTIMATION).normal(k, *image.shape) for k in range(130)]
         with torch.no_grad():

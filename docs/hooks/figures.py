@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ def _drawn(name: str, markdown: str) -> list[str]:
     with _inside(CACHE):
         if "fastadv-demo/" in markdown:
             _demo(Path("fastadv-demo"))
+        shutil.rmtree("runs", ignore_errors=True)  # of an earlier build, which would be gone on with
         figures = _run(name, markdown)
     log.info("%s: %d figures in %.0f s", name, len(figures), time.perf_counter() - start)
     for old in CACHE.glob(f"{name}-*.json"):

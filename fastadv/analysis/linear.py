@@ -151,11 +151,14 @@ class Decomposition:
 
     def figure(self) -> Figure:
         """Benefit and cost by direction; of several problems, the mean."""
+        from matplotlib.ticker import MaxNLocator
+
         figure, axis = chart("eigenvector of Sigma, by falling eigenvalue", "part of the error")
         place = torch.arange(1, len(self.eigenvalues) + 1).numpy()
         for term, name, colour, shift in ((-self.benefit, "- benefit", "#2563eb", -0.2), (self.cost, "cost", "#dc2626", 0.2)):
             axis.bar(place + shift, term.reshape(-1, len(place)).mean(0).flip(0).numpy(), 0.4, color=colour, label=name)
         axis.axhline(0, color="black", linewidth=0.8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         bottom, top = axis.get_ylim()
         finished(figure, axis, percent=False)
         axis.set_ylim(bottom, top)

@@ -12,7 +12,8 @@ gives it to all x' with ``|x' - x|_2 < sigma Phi^-1(p)``. p is a lower bound fro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -104,7 +105,8 @@ class Smooth:
             first, second = votes.topk(2).values.unbind(1)
             return tells_apart(first, second + left, alpha) | ~tells_apart(first + left, second, alpha)
 
-        votes, runs = self._vote(x, n, PREDICTION, decided)
+        with self._asking(x) as model:
+            votes, runs = self._vote(model, x, n, PREDICTION, decided)
         first, second = votes.topk(2).values.unbind(1)
         return torch.where(tells_apart(first, second + (n - runs), alpha), votes.argmax(1), ABSTAIN)
 
@@ -133,7 +135,7 @@ class Smooth:
             if enough > n:
                 most = self.sigma * float(distance(lower_bound(torch.tensor(n), n, alpha)))
                 raise ValueError(f"radius must be one that n = {n} votes can show, at most {most:.4g}; got {radius}")
-        chosen = self._vote(x, checks.integer("n0", n0), SELECTION)[0].argmax(1)
+        n0 = checks.integer("n0", n0)
 
         def of_chosen(votes: Tensor, who: Tensor) -> Tensor:
             return votes.gather(1, chosen[who, None])[:, 0]
@@ -142,7 +144,9 @@ class Smooth:
             so_far = of_chosen(votes, who)
             return (so_far + left < enough) | ((so_far >= enough) & (radius is not None))
 
-        votes, runs = self._vote(x, n, ESTIMATION, decided)
+        with self._asking(x) as model:
+            chosen = self._vote(model, x, n0, SELECTION)[0].argmax(1)
+            votes, runs = self._vote(model, x, n, ESTIMATION, decided)
         count = of_chosen(votes, torch.arange(len(x)))
         return Certificates(
             labels=torch.where(count >= least, chosen, ABSTAIN),
@@ -170,10 +174,16 @@ class Smooth:
             raise ValueError(f"alpha must be a probability in (0, 1); got {alpha}")
         return checks.integer("n", n), float(alpha)
 
+    @contextmanager
+    def _asking(self, x: Tensor) -> Iterator[Model]:
+        """The model as votes on images like x are cast: in eval mode, without gradients, in the engine's way."""
+        with attacking(self.model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            yield self._engine.passes(self.model, x, "eval", gradients=False).logits if len(x) else self.model
+
     def _vote(
-        self, x: Tensor, n: int, stream: int, decided: Callable[[Tensor, int, Tensor], Tensor] | None = None
+        self, model: Model, x: Tensor, n: int, stream: int, decided: Callable[[Tensor, int, Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Votes [N, C] under n draws of noise, and how many were cast for each image [N], on the CPU.
+        """Votes [N, C] under n draws of noise, and how many were cast for each image [N], on the CPU. Inside :meth:`_asking`.
 
         ``decided(votes [M, C], left, who [M])`` says after each round for whom the ``left`` others change nothing.
         """
@@ -181,20 +191,18 @@ class Smooth:
         who, runs = torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64)
         votes = torch.zeros(len(x), 2, dtype=torch.int64)
         size = ROUND * math.ceil(n / ROUNDS / ROUND)
-        with attacking(self.model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            model = self._engine.passes(self.model, x, "eval", gradients=False).logits if len(x) else self.model
-            for first in range(0, n if len(x) else 0, size):
-                count = min(size, n - first)
-                rows = who.to(x.device)
-                cast = self._count(model, x[rows], numbers[rows], stream, first, count).cpu()
-                if first == 0:
-                    votes = torch.zeros(len(x), cast.shape[1], dtype=torch.int64)
-                votes[who] += cast
-                runs[who] += count
-                if decided is not None:
-                    who = who[~decided(votes[who], n - first - count, who)]
-                if not len(who):
-                    break
+        for first in range(0, n if len(x) else 0, size):
+            count = min(size, n - first)
+            rows = who.to(x.device)
+            cast = self._count(model, x[rows], numbers[rows], stream, first, count).cpu()
+            if first == 0:
+                votes = torch.zeros(len(x), cast.shape[1], dtype=torch.int64)
+            votes[who] += cast
+            runs[who] += count
+            if decided is not None:
+                who = who[~decided(votes[who], n - first - count, who)]
+            if not len(who):
+                break
         return votes, runs
 
     def _count(self, model: Model, x: Tensor, numbers: Tensor, stream: int, first: int, count: int) -> Tensor:

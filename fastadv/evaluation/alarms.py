@@ -137,31 +137,35 @@ def zero_gradients(gradient: Tensor) -> Alarm:
     )
 
 
-def square_beats_white_box(standing_before: Tensor, standing_after: Tensor, missed: float = 1.0) -> Alarm:
-    """Whether Square, which sees no gradient, took more than half a point that gradients would not have.
+def square_beats_white_box(standing_before: Tensor, standing_after: Tensor, missed: float) -> Alarm:
+    """Whether Square, which sees no gradient, took more than half a point that gradients would not have taken.
 
     AutoAttack warns where it took 0.2 points of those [N] that stood after all white-box attacks. But these start once in
     its standard version, and where gradients are right, more starts find the same: ``missed`` is the share of what Square took
-    that they do not find (:func:`missed_by_gradients`).
+    that they do not find (:func:`missed_by_gradients`). Half a point of what is left may be luck, as in all comparisons here.
     """
-    numbers = _drop(standing_before, standing_after)
     left = round(missed * int((standing_before & ~standing_after).sum()))
     return Alarm(
         "Square beats white-box",
         _too_many(left, len(standing_before)),
-        numbers | {"of that missed by gradients with as many queries": missed if numbers["drop"] else 0.0},
+        _drop(standing_before, standing_after) | {"of that missed by gradients at the same cost": missed},
         "Run Square longer and with restarts, and an adaptive attack: gradients should find what can be found without them.",
         AUTOATTACK,
     )
 
 
 def missed_by_gradients(probe: Probe, x: Tensor, y: Tensor, eps: Scalar, numbers: Tensor, queries: int) -> float:
-    """The share of samples that stand under PGD from as many random starts as there are queries for; a gradient is two."""
+    """The share of samples that stand under PGD, from as many random starts as cost no more than the queries.
+
+    A gradient costs two. Those asked for are the probed model's own: one that lets none through misses all.
+    """
+    if probe.gradient(x, y) is None:
+        return 1.0
     standing = torch.ones_like(y, dtype=torch.bool)
     batch = Batch(x, y, eps, numbers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NaNGradientWarning)
-        for start in range(max(1, queries // (2 * STEPS))):
+        for start in range(1, 1 + max(1, queries // (2 * STEPS))):  # 0 may be where a white-box attack has been
             standing = _among(standing, probe.pgd(*batch.rows(standing), STEPS, start).standing)
     return _fraction(standing)
 

@@ -179,7 +179,7 @@ def _compared_with_gradients(name: str, square: Square, protocol: _Protocol, pro
     before, after = protocol.around[name]
     taken = (before & ~after).nonzero()[:, 0]
     some = taken[evenly_spaced(SQUARES, len(taken))]
-    x, y, numbers = (t.to(protocol.device) for t in (protocol.x[some], protocol.y[some], some))
+    x, y, numbers = (t[some].to(protocol.device) for t in (protocol.x, protocol.y, protocol.numbers))
     return square_beats_white_box(before, after, missed_by_gradients(probe, x, y, protocol.eps, numbers, square.queries))
 
 
