@@ -194,9 +194,11 @@ def test_agreement_counts_by_one_judge(tmp_path: Path, monkeypatch: pytest.Monke
     assert agreement.main([*options, "t"]) == 1
     (failed,) = json.loads(result.read_text())["rows"]
     assert failed["failed"] == "ValueError: no"
-    row = {"samples": 1000, "peer": 500}
-    assert agreement.holds(row | {"fastadv": 505})
-    assert not agreement.holds(row | {"fastadv": 506})
+    row = {"samples": 1000, "peer": 500, "only fastadv": 0}
+    assert agreement.holds(row | {"fastadv": 505, "only peer": 5})
+    assert not agreement.holds(row | {"fastadv": 506, "only peer": 6})
+    assert agreement.holds(row | {"fastadv": 506, "only peer": 16, "only fastadv": 10})
+    assert agreement.chance({"only fastadv": 1, "only peer": 2}) == 0.5
 
 
 def test_every_attack_of_the_agreement_can_be_built() -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .. import checks
 from ..engine import Model
-from ..reference.step import Scalar, spread
+from ..reference.step import Scalar, rows, spread
 from .base import Batch, as_function
 from .nearest import MinimumNorm, Nearest, begun, driven, farthest
-from .norms import DUAL, norms, project, unit
+from .norms import DUAL, largest, norms, project, unit
 
 
 class DDN(MinimumNorm):
@@ -81,9 +81,9 @@ class FMN(MinimumNorm):
     """Fast minimum-norm attack: ``x_adv = FMN(model, norm="linf")(x, y)``.
 
     Pintor, Roli, Brendel and Biggio, "Fast Minimum-norm Adversarial Attacks through Adaptive Norm Constraints", 2021. The
-    walk starts at x. Other than in the paper l1 projections are onto ball and box together; before the first success the
-    radius grows by ``gamma`` at least, even where the model made linear has its boundary nearer, in front of which the walk
-    could else stay; and with ``eps`` it does not grow beyond that.
+    walk starts at x. Other than in the paper l1 projections are onto ball and box together, and l2 ones onto the sphere;
+    before the first success the radius grows by ``gamma`` at least, even where the model made linear has its boundary nearer,
+    in front of which the walk could else stay; and with ``eps`` it does not grow beyond that.
 
     Args:
         model: any callable that maps a batch [N, ...] to logits [N, C]. Left exactly as found.
@@ -212,9 +212,15 @@ class _FMN(_Walk):
             larger = torch.where(self.fooled, larger, torch.maximum(larger, length + gain.abs() / slope))
         radius = torch.where(fooled, torch.minimum(smaller, nearest), larger)
         torch.minimum(radius.to(self.radius.dtype), self.limit, out=self.radius)
-        moved = self.adv - self.centre + self.stride(cosine) * unit(gradient)
-        d = project(moved, self.radius, self.norm, self.lo - self.centre, self.hi - self.centre)
-        torch.add(self.centre, d, out=self.adv)
+        torch.add(self.centre, self.within(self.adv - self.centre + self.stride(cosine) * unit(gradient)), out=self.adv)
+
+    def within(self, d: Tensor) -> Tensor:
+        """Perturbations brought into the ball, and the box if that is at hand: images are clamped afterwards."""
+        if self.norm == "l2":  # what is shorter is stretched: on the sphere, as DDN, the walk ends nearer than inside the ball
+            return unit(d) * spread(self.radius, d)
+        if self.norm == "l0":  # by what the step asks for: an element at a wall of the box is worth as much as any other
+            return d * largest(rows(d.abs()), self.radius.view(-1, 1)).view_as(d)
+        return project(d, self.radius, self.norm, self.lo - self.centre, self.hi - self.centre)
 
 
 ddn = as_function(DDN)
