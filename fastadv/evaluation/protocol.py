@@ -92,7 +92,7 @@ def evaluate(
         seed: of all attacks.
         resume: a folder. What has been found is kept there after each batch, and the same call goes on from there: that of the
             same settings, data and weights (or, of a model that is no nn.Module, of the same answers to four images).
-        alarms: look for signs of a flawed evaluation too, on up to 256 samples.
+        alarms: look for signs of a flawed evaluation too, on up to 256 samples, and 64 of those that Square alone has fooled.
         surrogate: another model, to transfer images from (for an alarm).
         keep_images: return all adversarial images.
         device: where to attack; default: that of the model.
