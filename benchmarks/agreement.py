@@ -3,7 +3,8 @@
 Sample by sample, on those of the demo's test digits that the network gets right: same attack, same budget, and one judge for
 all, who clamps every image to the box, accepts what lies in the ball and asks the network once more. An attack that looks for
 the nearest image has fooled where that is inside the ball. fastadv may leave at most half a point more standing than a peer, or
-what chance allows: two random starts, too, fool others. Nothing is timed.
+what chance allows: two random starts, too, fool others. ``--seeds`` sets attacks that draw numbers beside one another as often.
+Nothing is timed.
 """
 
 from __future__ import annotations
@@ -43,21 +44,27 @@ class Pair:
     """An attack of ours and the peers' own.
 
     Attributes:
-        ours: what fastadv builds of a network. peers: by library, ``(model, x, y) -> x_adv``.
+        ours: what fastadv builds of a network. peers: by library, ``(model, x, y) -> x_adv``. Both draw from torch's generator
+            or, where they have a seed of their own, that generator's.
         every: of how many samples one is attacked; attacks that ask for labels only take long.
+        draws: whether another seed changes anything that is worth another run.
     """
 
     norm: str
     ours: Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]]
     peers: Mapping[str, Attack]
     every: int = 1
+    draws: bool = False
 
 
 def torchattacks(name: str, **settings: Any) -> Attack:
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with peers.importing():
             import torchattacks
-        return getattr(torchattacks, name)(model, **settings)(x, y)
+        attack = getattr(torchattacks, name)(model, **settings)
+        if hasattr(attack, "seed"):
+            attack.seed = torch.initial_seed()
+        return attack(x, y)
 
     return attack
 
@@ -92,14 +99,14 @@ def pairs() -> Iterator[tuple[str, Pair]]:
     yield "PGD-40", Pair("linf", lambda net: fastadv.PGD(net, eps, step, 40), {
         "torchattacks": torchattacks("PGD", eps=eps, alpha=step, steps=40),
         "foolbox": foolbox("LinfPGD", eps, abs_stepsize=step, steps=40),
-    })  # fmt: skip
+    }, draws=True)  # fmt: skip
     yield "PGD-40, the best image", Pair("linf", lambda net: fastadv.PGD(net, eps, step, 40, keep_best=True), {
         "adv-lib": adv_lib("pgd_linf", eps, steps=40, absolute_step_size=step),
-    })  # fmt: skip
+    }, draws=True)  # fmt: skip
     yield "PGD-40, l2", Pair("l2", lambda net: fastadv.PGD(net, RADII["l2"], l2_step, 40, "l2"), {
         "torchattacks": torchattacks("PGDL2", eps=RADII["l2"], alpha=l2_step, steps=40),
         "foolbox": foolbox("L2PGD", RADII["l2"], abs_stepsize=l2_step, steps=40),
-    })  # fmt: skip
+    }, draws=True)  # fmt: skip
     # That of foolbox adds up gradients as they are, where the paper divides each by its l1 length.
     yield "MI-FGSM", Pair("linf", lambda net: fastadv.MIFGSM(net, eps, eps / 10, 10), {
         "torchattacks": torchattacks("MIFGSM", eps=eps, alpha=eps / 10, steps=10),
@@ -142,9 +149,9 @@ def _of_autoattack(norm: str) -> Iterator[tuple[str, Pair]]:
     eps, order = RADII[norm], {"linf": math.inf, "l2": 2, "l1": 1}[norm]
     large = {"use_large_reps": norm == "l1"}  # larger balls first, as ours there
 
-    def pair(ours: Callable[..., Any], others: dict[str, Attack], every: int = 1) -> Pair:
+    def pair(ours: Callable[..., Any], others: dict[str, Attack], every: int = 1, draws: bool = True) -> Pair:
         peers = {library: attack for library, attack in others.items() if (library, norm) != ("torchattacks", "l1")}
-        return Pair(norm, lambda net: ours(net, eps, norm=norm), peers, every)
+        return Pair(norm, lambda net: ours(net, eps, norm=norm, seed=torch.initial_seed()), peers, every, draws)
 
     def of_torchattacks(name: str, **settings: Any) -> Attack:
         return torchattacks(name, norm=norm.capitalize(), eps=eps, **settings)
@@ -160,45 +167,58 @@ def _of_autoattack(norm: str) -> Iterator[tuple[str, Pair]]:
     })  # fmt: skip
     yield f"FAB, {norm}", pair(fastadv.FAB, {
         "torchattacks": of_torchattacks("FAB", steps=100), "adv-lib": adv_lib("fab", order, ε=eps),
-    }, every=2)  # fmt: skip
+    }, every=2, draws=False)  # fmt: skip
     yield f"FAB-T, {norm}", pair(fastadv.FABT, {
         "torchattacks": of_torchattacks("FAB", steps=100, multi_targeted=True),
         "adv-lib": adv_lib("fab", order, ε=eps, targeted_restarts=True),
-    }, every=2)  # fmt: skip
+    }, every=2, draws=False)  # fmt: skip
     if norm != "l1":
         yield f"Square, {norm}", pair(partial(fastadv.Square, queries=1000), {
             "torchattacks": of_torchattacks("Square", n_queries=1000),
         }, every=2)  # fmt: skip
 
 
-def fooled(model: nn.Module, attack: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, norm: str) -> Tensor:
-    """[N], whether the attack's images, judged by the network itself, fool it inside ball and box."""
+def fooled(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, norm: str, seeds: int) -> Tensor:
+    """[seeds, N], whether the attack's images, judged by the network itself, fool it inside ball and box."""
     found = []
-    for images, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
-        torch.manual_seed(0)  # of starts
-        adv = attack(images.clone(), labels.clone()).detach().clamp(0, 1)
-        with torch.no_grad():
-            wrong = model(adv).argmax(1) != labels
-        found.append(wrong & (norms(adv.double() - images.double(), norm) <= RADII[norm] * (1 + ROUNDING)))
-    return torch.cat(found)
+    for seed in range(seeds):
+        for images, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
+            torch.manual_seed(seed)
+            adv = attack(model, images.clone(), labels.clone()).detach().clamp(0, 1)
+            with torch.no_grad():
+                wrong = model(adv).argmax(1) != labels
+            found.append(wrong & (norms(adv.double() - images.double(), norm) <= RADII[norm] * (1 + ROUNDING)))
+    return torch.cat(found).view(seeds, len(x))
 
 
-def compared(name: str, pair: Pair, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[dict[str, Any]]:
-    """A row for each peer: how many stand, and who is fooled by one side only."""
-    x, y = x[:: pair.every], y[:: pair.every]
-    ours = fooled(model, pair.ours(model), x, y, pair.norm)
+def compared(name: str, pair: Pair, model: nn.Module, x: Tensor, y: Tensor, seeds: int) -> Iterator[dict[str, Any]]:
+    """A row for each peer: how many stand, on average over seeds, and whom one side fools more often than the other."""
+    x, y, seeds = x[:: pair.every], y[:: pair.every], seeds if pair.draws else 1
+
+    def ours(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return pair.ours(model)(images, labels)
+
+    mine = fooled(model, ours, x, y, pair.norm, seeds)
     for library, attack in pair.peers.items():
-        row: dict[str, Any] = {"attack": name, "library": library, "samples": len(x), "fastadv": int((~ours).sum())}
+        row: dict[str, Any] = {"attack": name, "library": library, "samples": len(x), "seeds": seeds}
+        row |= _standing("fastadv", mine)
         try:
-            theirs = fooled(model, lambda images, labels, attack=attack: attack(model, images, labels), x, y, pair.norm)
+            theirs = fooled(model, attack, x, y, pair.norm, seeds)
         except UnavailableError as reason:
             yield row | {"absent": str(reason)}
             continue
         except Exception as error:  # of one peer; the next one is asked all the same
             yield row | {"failed": f"{type(error).__name__}: {error}"[:200]}
             continue
-        row |= {"peer": int((~theirs).sum())}
-        yield row | {"only fastadv": int((ours & ~theirs).sum()), "only peer": int((theirs & ~ours).sum())}
+        more = mine.sum(0) - theirs.sum(0)
+        row |= _standing("peer", theirs)
+        yield row | {f"more often {who}": int((by > 0).sum()) for who, by in (("fastadv", more), ("peer", -more))}
+
+
+def _standing(who: str, fooled: Tensor) -> dict[str, Any]:
+    """How many samples stand on average, and with which seed how many."""
+    by_seed = (~fooled).sum(1)
+    return {who: by_seed.double().mean().item(), f"{who} by seed": by_seed.tolist()}
 
 
 def holds(row: Mapping[str, Any]) -> bool:
@@ -209,22 +229,33 @@ def holds(row: Mapping[str, Any]) -> bool:
 
 
 def chance(row: Mapping[str, Any]) -> float:
-    """How likely attacks of equal strength differ by so much: a sign test of the samples that only one of them fools."""
-    differ = row["only fastadv"] + row["only peer"]
-    return sum(math.comb(differ, k) for k in range(row["only peer"], differ + 1)) / 2**differ
+    """How likely attacks of equal strength differ by so much: a sign test of the samples that one of them fools more often."""
+    differ = row["more often fastadv"] + row["more often peer"]
+    return sum(math.comb(differ, k) for k in range(row["more often peer"], differ + 1)) / 2**differ
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = []
     for row in rows:
-        told = [row["attack"], row["library"], row["samples"], f"{row['fastadv'] / row['samples']:.1%}"]
+        told = [row["attack"], row["library"], row["samples"], row["seeds"], f"{row['fastadv'] / row['samples']:.1%}"]
         if "peer" in row:
-            told += [f"{row['peer'] / row['samples']:.1%}", row["only fastadv"], row["only peer"]]
+            told += [f"{row['peer'] / row['samples']:.1%}", row["more often fastadv"], row["more often peer"]]
             told += [f"{chance(row):.2f}", "" if holds(row) else "WEAKER"]
         else:
             told.append(row.get("absent", row.get("failed", ""))[:60])
         cells.append(told)
-    heads = ("attack", "library", "digits", "standing: fastadv", "peer", "fooled: fastadv only", "peer only", "chance", "")
+    heads = (
+        "attack",
+        "library",
+        "digits",
+        "seeds",
+        "standing: fastadv",
+        "peer",
+        "fooled more often: fastadv",
+        "peer",
+        "chance",
+        "",
+    )
     return tabulate(cells, heads, tablefmt="github", disable_numparse=True)
 
 
@@ -232,14 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.agreement", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="of fastadv demo")
     parser.add_argument("--samples", type=int, default=1000, help="test digits, evenly spaced (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each attack that draws (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="attacks whose names begin so")
-    parser.add_argument("--seed", type=int, default=0, help="of the data's split, as the network's (default: 0)")
+    parser.add_argument("--split", type=int, default=0, help="seed of the data's split, as the network's (default: 0)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="written after each attack")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     model = load_model(str(given.checkpoint))[0].eval()
-    digits = demo.load_digits(given.seed)
+    digits = demo.load_digits(given.split)
     chosen = evenly_spaced(given.samples, len(digits.x_test))
     x, y = digits.x_test[chosen], digits.y_test[chosen]
     with torch.no_grad():
@@ -250,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, pair in pairs():
         if given.only is None or name.startswith(tuple(given.only)):
             print(name, file=sys.stderr, flush=True)
-            content["rows"] += compared(name, pair, model, x, y)
+            content["rows"] += compared(name, pair, model, x, y, given.seeds)
             run.save(content, given.json)
     print(table(content["rows"]))
     return 0 if all(map(holds, content["rows"])) else 1

@@ -190,15 +190,38 @@ def test_agreement_counts_by_one_judge(tmp_path: Path, monkeypatch: pytest.Monke
     outside, agreed = json.loads(result.read_text())["rows"]
     assert outside["peer"] == outside["samples"] == 6
     assert agreed["peer"] == agreed["fastadv"] < 6
-    assert agreed["only peer"] == agreed["only fastadv"] == 0
+    assert agreed["more often peer"] == agreed["more often fastadv"] == 0
     assert agreement.main([*options, "t"]) == 1
     (failed,) = json.loads(result.read_text())["rows"]
     assert failed["failed"] == "ValueError: no"
-    row = {"samples": 1000, "peer": 500, "only fastadv": 0}
-    assert agreement.holds(row | {"fastadv": 505, "only peer": 5})
-    assert not agreement.holds(row | {"fastadv": 506, "only peer": 6})
-    assert agreement.holds(row | {"fastadv": 506, "only peer": 16, "only fastadv": 10})
-    assert agreement.chance({"only fastadv": 1, "only peer": 2}) == 0.5
+    row = {"samples": 1000, "peer": 500, "more often fastadv": 0}
+    assert agreement.holds(row | {"fastadv": 505, "more often peer": 5})
+    assert not agreement.holds(row | {"fastadv": 506, "more often peer": 6})
+    assert agreement.holds(row | {"fastadv": 506, "more often peer": 16, "more often fastadv": 10})
+    assert agreement.chance({"more often fastadv": 1, "more often peer": 2}) == 0.5
+
+
+def test_agreement_gives_both_sides_the_same_seeds_and_a_mean() -> None:
+    x, y = torch.zeros(4, 1), torch.zeros(4, dtype=torch.long)
+    eps = agreement.RADII["linf"]
+
+    def ours(model: nn.Module) -> agreement.Callable[..., torch.Tensor]:  # with odd seeds it fools the first sample, else none
+        drawn = torch.initial_seed() % 2
+        return lambda x, y: x + eps * drawn * (torch.arange(len(x)) == 0)[:, None]
+
+    def theirs(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ours(model)(x, y).roll(torch.initial_seed() // 2, 0)  # the first one at seed 1, the second at 3
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.full_like(x, eps / 2), x], 1)
+
+    pair = agreement.Pair("linf", ours, {"peer": theirs}, draws=True)
+    (row,) = agreement.compared("one", pair, model, x, y, seeds=4)
+    assert row["fastadv by seed"] == row["peer by seed"] == [4, 3, 4, 3]
+    assert row["fastadv"] == row["peer"] == 3.5
+    assert row["more often fastadv"] == row["more often peer"] == 1
+    (row,) = agreement.compared("one", agreement.Pair("linf", ours, {"peer": theirs}), model, x, y, seeds=4)
+    assert row["seeds"] == 1
 
 
 def test_every_attack_of_the_agreement_can_be_built() -> None:
