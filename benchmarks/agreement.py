@@ -88,6 +88,19 @@ def adv_lib(name: str, *given: Any, **settings: Any) -> Attack:
     return attack
 
 
+def pyautoattack(part: str, norm: str, **settings: Any) -> Attack:
+    """An attack of the standard version, but with these settings."""
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        attack = peers.pyautoattack(model, norm, RADII[norm], torch.initial_seed())[part]
+        for name, value in settings.items():
+            setattr(attack, name, value)
+        adv: Tensor = attack.perturb(x, y)
+        return adv
+
+    return attack
+
+
 def pairs() -> Iterator[tuple[str, Pair]]:
     """Attacks that both sides have, with as many steps or queries on either."""
     inf, eps = math.inf, RADII["linf"]
@@ -160,22 +173,26 @@ def _of_autoattack(norm: str) -> Iterator[tuple[str, Pair]]:
         yield f"APGD-{loss.upper()}, {norm}", pair(partial(fastadv.APGD, loss=loss), {
             "torchattacks": of_torchattacks("APGD", steps=100, loss=loss),
             "adv-lib": adv_lib("apgd", eps, order, n_iter=100, loss_function=loss, **large),
+            "pyautoattack": pyautoattack("apgd-ce", norm, loss=loss, n_restarts=1),
         })  # fmt: skip
     yield f"APGD-T, {norm}", pair(fastadv.APGDT, {
         "torchattacks": of_torchattacks("APGDT", steps=100),
         "adv-lib": adv_lib("apgd_targeted", eps, order, num_targets=9, **large),
+        "pyautoattack": pyautoattack("apgd-t", norm, n_target_classes=9),
     })  # fmt: skip
     yield f"FAB, {norm}", pair(fastadv.FAB, {
         "torchattacks": of_torchattacks("FAB", steps=100), "adv-lib": adv_lib("fab", order, ε=eps),
+        "pyautoattack": pyautoattack("fab-t", norm, targeted=False),
     }, every=2, draws=False)  # fmt: skip
     yield f"FAB-T, {norm}", pair(fastadv.FABT, {
         "torchattacks": of_torchattacks("FAB", steps=100, multi_targeted=True),
         "adv-lib": adv_lib("fab", order, ε=eps, targeted_restarts=True),
+        "pyautoattack": pyautoattack("fab-t", norm),
     }, every=2, draws=False)  # fmt: skip
-    if norm != "l1":
-        yield f"Square, {norm}", pair(partial(fastadv.Square, queries=1000), {
-            "torchattacks": of_torchattacks("Square", n_queries=1000),
-        }, every=2)  # fmt: skip
+    yield f"Square, {norm}", pair(partial(fastadv.Square, queries=1000), {
+        "torchattacks": of_torchattacks("Square", n_queries=1000),
+        "pyautoattack": pyautoattack("square", norm, n_queries=1000, rescale_schedule=True),
+    }, every=2)  # fmt: skip
 
 
 def fooled(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, norm: str, seeds: int) -> Tensor:

@@ -4,8 +4,7 @@ Both attack the same digits with the same network in one process. Per attack, on
 the samples that stand in its own evaluation, then fastadv's on those that stand in its own; so each has the order and the
 survivors of a whole run, on the same machine. Seconds are of one run each, by the wall clock.
 
-The reference is fra31/auto-attack as on PyPI (pyautoattack), else torchattacks' port of it. The networks are those that
-``fastadv demo`` leaves in its folder.
+The reference is fra31/auto-attack as on PyPI (pyautoattack). The networks are those that ``fastadv demo`` leaves in its folder.
 """
 
 from __future__ import annotations
@@ -27,27 +26,12 @@ from fastadv import demo
 from fastadv.evaluation.command import load_model
 from fastadv.evaluation.protocol import standard_attacks
 
-from . import report, run
-from .peers import importing
+from . import peers, report, run
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 BATCH = 256
 
 Attack = Callable[[Tensor, Tensor], Tensor]
-
-
-def reference(model: nn.Module, eps: float, seed: int) -> tuple[str, dict[str, Attack]]:
-    """The reference's attacks by name, set as its standard version sets them, and what it is."""
-    with importing():
-        from pyautoattack import AutoAttack
-
-    whole = AutoAttack(model, norm="Linf", eps=eps, version="standard", device="cpu", seed=seed)
-    whole.apgd.loss, whole.fab.targeted = "ce", True
-    parts = {"apgd-ce": whole.apgd, "apgd-t": whole.apgd_targeted, "fab-t": whole.fab, "square": whole.square}
-    for part in parts.values():
-        part.seed = seed
-    attacks: dict[str, Attack] = {name: part.perturb for name, part in parts.items()}
-    return f"pyautoattack {importlib.metadata.version('pyautoattack')}", attacks
 
 
 def ours(model: nn.Module, eps: float, seed: int, engine: str, twin: bool) -> dict[str, Attack]:
@@ -69,7 +53,7 @@ def attacked(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, standing: T
 
 
 def compared(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int, engine: str, twin: bool) -> dict[str, Any]:
-    named, theirs = reference(model, eps, seed)
+    theirs = {name: part.perturb for name, part in peers.pyautoattack(model, "linf", eps, seed).items()}
     mine = ours(model, eps, seed, engine, twin)
     with torch.no_grad():
         right = model(x).argmax(1) == y
@@ -84,6 +68,7 @@ def compared(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int, engi
             print(name, who, row[who], file=sys.stderr, flush=True)
         rows.append(row)
     disagree = int((standing["reference"] != standing["fastadv"]).sum())
+    named = f"pyautoattack {importlib.metadata.version('pyautoattack')}"
     return {"reference": named, "clean": int(right.sum()), "samples": len(x), "rows": rows, "samples that differ": disagree}
 
 

@@ -1,6 +1,6 @@
-"""PGD of the libraries on PyPI, each called as its own documentation shows.
+"""PGD of the libraries on PyPI, each called as its own documentation shows, and the reference's AutoAttack.
 
-Every function takes ``(model, x, y, eps, alpha, steps)`` and returns the attack as a function of nothing; what a user would
+Every PGD takes ``(model, x, y, eps, alpha, steps)`` and returns the attack as a function of nothing; what a user would
 build once and keep (wrapped models, attack objects, numpy copies of the data) is built outside of it. All run linf with a
 random start on images in [0, 1]. A peer that cannot be imported raises UnavailableError.
 """
@@ -20,7 +20,7 @@ from .timing import UnavailableError
 
 Attack = Callable[[], Any]
 
-DISTRIBUTIONS = ("torchattacks", "foolbox", "adversarial-robustness-toolbox", "adv-lib")
+DISTRIBUTIONS = ("torchattacks", "foolbox", "adversarial-robustness-toolbox", "adv-lib", "pyautoattack")
 
 
 def versions() -> dict[str, str]:
@@ -105,3 +105,15 @@ def adv_lib(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, st
 
 
 PEERS = {"torchattacks": torchattacks, "foolbox": foolbox, "ART": art, "adv-lib": adv_lib}
+
+
+def pyautoattack(model: nn.Module, norm: str, eps: float, seed: int) -> dict[str, Any]:
+    """The attacks of fra31/auto-attack by name, as its standard version sets them: ``attack.perturb(x, y)``."""
+    with importing():
+        from pyautoattack import AutoAttack
+    whole = AutoAttack(model, norm=norm.capitalize(), eps=eps, version="standard", device="cpu", seed=seed)
+    whole.apgd.loss, whole.fab.targeted = "ce", True
+    parts = {"apgd-ce": whole.apgd, "apgd-t": whole.apgd_targeted, "fab-t": whole.fab, "square": whole.square}
+    for part in parts.values():
+        part.seed = seed
+    return parts

@@ -222,7 +222,7 @@ def train_robust(
             for x, y in batches:
                 eps = EPS * min(1.0, 2 * step / steps)
                 set_eps(objective, model, eps, method.alpha)
-                losses.append(train_step(objective, awp, model, optimizer, x, y))
+                losses.append(train_step(objective, awp, model, optimizer, x, y, method.clip))
                 schedule.step()
                 step += 1
                 bar.update()
@@ -242,7 +242,13 @@ def set_eps(objective: Objective | FreeAT, model: nn.Module, eps: float, alpha: 
 
 
 def train_step(
-    objective: Objective | FreeAT, awp: AWP | None, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+    objective: Objective | FreeAT,
+    awp: AWP | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    clip: float,
 ) -> float:
     """One batch: one step of the optimiser, or as many as Free AT replays. Returns the last loss."""
 
@@ -251,6 +257,7 @@ def train_step(
         loss.backward()  # type: ignore[no-untyped-call]
 
     for out in descents(objective, model, x, y, backward, awp):
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         loss = out.loss
     return float(loss.detach())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,8 +41,19 @@ def test_a_few_steps_lower_the_robust_loss(name, gamma, digits):
     x, y = x[~hidden], y[~hidden]
     before = robust_loss(model, x, y)
     for _ in range(30):
-        demo.train_step(objective, AWP(model, gamma) if gamma else None, model, optimizer, *batch)
+        demo.train_step(objective, AWP(model, gamma) if gamma else None, model, optimizer, *batch, method.clip)
     assert robust_loss(model, x, y) < 0.75 * before
+
+
+@pytest.mark.parametrize("name", ["pgd-at", "free"])
+def test_a_step_is_as_long_as_the_clipped_gradient(name, digits):
+    method, model = METHODS[name], demo.small_cnn()
+    objective = method.objective(lambda **settings: PGD(model, EPS, steps=1, **settings))
+    before = [p.detach().clone() for p in model.parameters()]
+    demo.train_step(objective, None, model, torch.optim.SGD(model.parameters(), lr=1.0), *digits, clip=1e-3)
+    moved = math.sqrt(sum(float((p - start).square().sum()) for p, start in zip(model.parameters(), before, strict=True)))
+    steps = 4 if name == "free" else 1
+    assert 0 < moved <= steps * 1.001e-3
 
 
 @pytest.mark.parametrize("name", METHODS)
