@@ -1,9 +1,12 @@
-"""What this machine is, and its memory allocator."""
+"""What this machine is, what float32 is multiplied in, and the memory allocator."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -22,16 +25,40 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def multiplication() -> tuple[object, ...]:
-    """What float32 is multiplied in: itself, TF32 or bfloat16, in matrix products and convolutions.
+def multiplication() -> tuple[Any, ...]:
+    """What float32 is multiplied in: itself, TF32 or bfloat16, in matrix products and convolutions."""
+    if _NEWER:
+        return tuple(place.fp32_precision for place in _places())
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
-    torch.get_float32_matmul_precision() raises once the newer of torch's two interfaces has been used.
-    """
-    backends = torch.backends
-    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
-        return torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
-    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)  # type: ignore[attr-defined]
-    return tuple(place.fp32_precision for place in places)
+
+@contextlib.contextmanager
+def exact_multiplication() -> Iterator[None]:
+    """float32 is multiplied in float32, and afterwards as before: on a GPU torch takes TF32 for convolutions by default."""
+    before = multiplication()
+    try:
+        _multiply_in(*(["ieee"] * len(before) if _NEWER else ["highest", False]))
+        yield
+    finally:
+        _multiply_in(*before)
+
+
+def _multiply_in(*settings: Any) -> None:
+    if _NEWER:
+        for place, setting in zip(_places(), settings, strict=True):
+            place.fp32_precision = setting
+    else:
+        torch.set_float32_matmul_precision(settings[0])
+        torch.backends.cudnn.allow_tf32 = settings[1]
+
+
+# Of torch's two interfaces to it. The older one, all there is before 2.9, raises once the newer has been used.
+_NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+def _places() -> tuple[Any, ...]:
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn  # type: ignore[attr-defined]
 
 
 # Options of glibc's mallopt and what they are set to: no allocation gets pages of its own, none go back to the system.

@@ -21,6 +21,7 @@ import fastadv
 from fastadv import evaluate
 from fastadv.attacks import APGD, PGD, Attack, RandomNoise, Square
 from fastadv.evaluation import protocol
+from fastadv.machine import exact_multiplication, multiplication
 
 EPS = 0.12
 
@@ -188,6 +189,34 @@ def test_verdicts_are_in_full_precision():
     hook.remove()
     assert set(seen) == {torch.float32}
     assert told(here) == told(evaluate(net, (x, y), EPS, version=quick(net), alarms=False))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_verdicts_are_not_in_tf32(precision):
+    """Attacks multiply in what the user has chosen, which stands afterwards, through either interface of torch."""
+    (x, y), net, asked = held_out(), trained_lenet(), []
+
+    def watched(images):
+        asked.append(multiplication())
+        return net(images)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        chosen = multiplication()
+        with exact_multiplication():
+            exact = multiplication()
+        evaluate(watched, (x, y), EPS, version=[RandomNoise(watched, EPS, draws=3)], alarms=False)
+        with pytest.raises(ZeroDivisionError), exact_multiplication():
+            raise ZeroDivisionError
+        assert multiplication() == chosen != exact
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert chosen in asked
+    assert asked.count(exact) == 2  # for the clean images, and for the attacked ones
+    assert asked[-1] == exact
 
 
 # ------------------------------------------------------------------------------------- nothing depends on the batches

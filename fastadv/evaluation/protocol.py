@@ -24,7 +24,7 @@ from ..attacks import APGD, APGDT, FAB, FABT, PGD, Attack, EoT, Square
 from ..attacks.draws import numbers_of
 from ..attacks.norms import norms
 from ..engine import Model, attacking, unwrap
-from ..machine import device_name
+from ..machine import device_name, exact_multiplication
 from ..processes import Group
 from ..progress import progress_bar
 from .alarms import Alarm, missed_by_gradients, probabilities, sanity_checks, square_beats_white_box
@@ -98,7 +98,7 @@ def evaluate(
         device: where to attack; default: that of the model.
         progress: a bar with robust accuracy and time left, on a terminal.
         engine, precision, twin: how attacks run the model, as in :class:`fastadv.PGD`. Verdicts are always the model's own,
-            without autocast; on a GPU, in TF32 where torch's settings allow it.
+            without autocast or TF32.
 
     Under torchrun, with torch.distributed initialised, the processes share the samples, and all return the same.
 
@@ -284,7 +284,7 @@ class _Protocol:
             assert attack.info is not None
             claimed = claimed if attack.info.success is None else attack.info.success
             queries = queries if attack.info.queries is None else attack.info.queries
-        with attacking(self.model), torch.no_grad():
+        with attacking(self.model), torch.no_grad(), exact_multiplication():
             logits = self.model(adv)
         checks.logits(logits, x, y)
         predicted = logits.argmax(1).masked_fill(logits.isnan().any(1), -1)  # NaN is no class
@@ -343,7 +343,7 @@ class _Protocol:
 
 @contextlib.contextmanager
 def _exactly() -> Any:
-    """No autocast around: attacks are as they are set, and verdicts in the model's own precision."""
+    """No autocast around: attacks are as they are set, and verdicts in the model's own types."""
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
