@@ -153,11 +153,17 @@ def test_the_landscape_is_drawn_from_what_was_written(tmp_path: Path, monkeypatc
     few = demo.Digits(*(t[:100] for t in demo.load_digits()))
     monkeypatch.setattr(demo, "load_digits", lambda seed: few)
     result = tmp_path / "result.json"
-    landscape.main(["--epochs", "1", "--samples", "4", "--directions", "2", "--json", str(result)])
-    found = landscape.recorded(result)
+    landscape.main(["--epochs", "1", "--samples", "4", "--directions", "2", "--seeds", "2", "--json", str(result)])
+    found, content = landscape.recorded(result), json.loads(result.read_text())
     assert found.losses.keys() == found.sharpness.keys() == {"PGD-AT", "PGD-AT with AWP"}
-    assert all(losses.shape == (2, len(found.alphas)) for losses in found.losses.values())
-    assert json.loads(result.read_text())["environment"]["commit"]
+    assert all(losses.shape == (2 * 2, len(found.alphas)) for losses in found.losses.values())
+    middle = len(found.alphas) // 2
+    for name, losses in found.losses.items():
+        rise = (losses - losses[:, [middle]])[:, (found.alphas != 0) & (found.alphas.abs() <= found.within + 1e-9)]
+        assert found.sharpness[name] == pytest.approx(float(rise.mean()), abs=1e-4)
+        one, other = (of_a_seed["robust_accuracy"][name] for of_a_seed in content["landscapes"])
+        assert found.robust_accuracy[name] == (one + other) / 2
+    assert content["environment"]["commit"]
 
 
 def test_agreement_counts_by_one_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

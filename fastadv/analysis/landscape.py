@@ -76,7 +76,7 @@ class WeightLandscape:
         ]
         middle = len(self.alphas) // 2
         for name, rise in self.sharpness.items():
-            here = float(self.losses[name][0, middle])
+            here = float(self.losses[name][:, middle].mean())
             line = f"{name}: {here:.3f} at the weights, {rise:+.3f} on average within |alpha| <= {self.within:g}"
             line += f"; robust accuracy {self.robust_accuracy[name]:.1%}"
             if name in self.gap:
