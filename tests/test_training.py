@@ -421,6 +421,9 @@ ROW = {"clean": 0.9, "robust": 0.5, "fgsm": 0.6, "zero_grad": 0.0, "train_robust
     [
         ([{}], None),
         ([{}, {"robust": 0.55, "train_robust": 0.6}], None),
+        ([{}, {"clean": 0.5}], None),
+        ([{}, {"clean": 0.4}], "collapse"),
+        ([{}, {"clean": 0.1}, {"clean": 0.1}], "collapse"),
         ([{}, {"robust": 0.2, "train_robust": 0.4}], "catastrophic overfitting"),
         ([{"robust": 0.53}, {"robust": 0.49, "train_robust": 0.7}], "robust overfitting"),
         ([{"robust": 0.53}, {"robust": 0.49, "train_robust": 0.4}], None),  # it is worse at everything

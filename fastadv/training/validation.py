@@ -18,6 +18,7 @@ from .data import Images
 
 Row = Mapping[str, Any]
 
+COLLAPSE = 0.5  # of the best clean accuracy so far: less is left where all images are called the same
 DROP = 0.2  # of robust accuracy within an epoch: catastrophic overfitting (Wong et al., 2020)
 GAP = 0.02  # below the best so far, while training still gains: robust overfitting (Rice et al., 2020)
 MASKED = 0.01  # that one step fools more than ten do, or of gradients that are zero
@@ -97,6 +98,11 @@ def alarms(history: Sequence[Row]) -> dict[str, str]:
     if not rows:
         return found
     last = rows[-1]
+    if last["clean"] < COLLAPSE * max(row["clean"] for row in rows):
+        found["collapse"] = (
+            f"clean accuracy is {last['clean']:.1%}, after {max(row['clean'] for row in rows):.1%}: a step too far, from "
+            "which training seldom recovers; start again with optimizer.clip, a smaller learning rate or attack.ramp"
+        )
     if len(rows) > 1 and last["robust"] < rows[-2]["robust"] - DROP:
         found["catastrophic overfitting"] = (
             f"robust accuracy fell from {rows[-2]['robust']:.1%} to {last['robust']:.1%} in epoch {last['epoch']}: "
