@@ -152,6 +152,32 @@ def test_in_the_l1_ball_it_nearly_reaches_the_optimum():
         assert (rise >= least * best).all(), (multi_eps, rise / best)
 
 
+def test_how_sparse_the_first_l1_steps_are(monkeypatch):
+    """Of two thirds of the elements, for noise was in all of them; in later stages, of as many as have changed, over 1.5."""
+    x, y = batch(4, classes=5)
+    shares, counted, begin = [], [], _Ascent.begin
+
+    def begun(self, model, share):
+        forwards = begin(self, model, share)
+        shares.append(self.share.clone())
+        changed = ((self.adv - self.centre) != 0).flatten(1).sum(1)
+        counted.append((self.changed.clone(), changed.to(self.changed)))
+        return forwards
+
+    monkeypatch.setattr(_Ascent, "begin", begun)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    APGD(net, 3.0, steps=10, norm="l1")(x, y)
+    assert len(shares) == 3
+    assert shares[0].tolist() == pytest.approx([2 / 3] * 4)
+    assert counted[0][0].tolist() == [192.0] * 4
+    for share, (taken, changed) in zip(shares[1:], counted[1:], strict=True):
+        assert torch.equal(taken, changed)
+        assert share.tolist() == pytest.approx((changed / 192 / 1.5).tolist())
+    shares.clear()
+    APGD(net, 3.0, steps=10, norm="l1", multi_eps=False)(x, y)
+    assert shares[0].tolist() == pytest.approx([0.2] * 4)
+
+
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.12), ("l2", 0.8), ("l1", 1.5)])
 @pytest.mark.parametrize("kind", [APGD, APGDT])
 def test_stopping_early_fools_the_same(kind, norm, eps):
