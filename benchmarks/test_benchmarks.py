@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def test_agreement_counts_by_one_judge(tmp_path: Path, monkeypatch: pytest.Monke
     row = {"samples": 1000, "peer": 500, "more often fastadv": 0}
     assert agreement.holds(row | {"fastadv": 505, "more often peer": 5})
     assert not agreement.holds(row | {"fastadv": 506, "more often peer": 6})
-    assert agreement.holds(row | {"fastadv": 506, "more often peer": 16, "more often fastadv": 10})
+    assert not agreement.holds(row | {"fastadv": 506, "more often peer": 16, "more often fastadv": 10})  # chance or not
     assert agreement.chance({"more often fastadv": 1, "more often peer": 2}) == 0.5
 
 
@@ -211,7 +211,7 @@ def test_agreement_gives_both_sides_the_same_seeds_and_a_mean() -> None:
     x, y = torch.zeros(4, 1), torch.zeros(4, dtype=torch.long)
     eps = agreement.RADII["linf"]
 
-    def ours(model: nn.Module) -> agreement.Callable[..., torch.Tensor]:  # with odd seeds it fools the first sample, else none
+    def ours(model: nn.Module) -> Callable[..., torch.Tensor]:  # with odd seeds it fools the first sample, else none
         drawn = torch.initial_seed() % 2
         return lambda x, y: x + eps * drawn * (torch.arange(len(x)) == 0)[:, None]
 

@@ -98,9 +98,10 @@ def alarms(history: Sequence[Row]) -> dict[str, str]:
     if not rows:
         return found
     last = rows[-1]
-    if last["clean"] < COLLAPSE * max(row["clean"] for row in rows):
+    cleanest = max(row["clean"] for row in rows)
+    if last["clean"] < COLLAPSE * cleanest:
         found["collapse"] = (
-            f"clean accuracy is {last['clean']:.1%}, after {max(row['clean'] for row in rows):.1%}: a step too far, from "
+            f"clean accuracy is {last['clean']:.1%}, after {cleanest:.1%}: a step too far, from "
             "which training seldom recovers; start again with optimizer.clip, a smaller learning rate or attack.ramp"
         )
     if len(rows) > 1 and last["robust"] < rows[-2]["robust"] - DROP:
