@@ -35,6 +35,7 @@ from .methods import METHODS, Method
 from .objectives import FreeAT, Objective
 from .progress import progress_bar
 from .report import Report, chart, finished, new_figure
+from .training.averaging import EMA
 from .training.trainer import attack_of, descents
 from .weights import AWP
 
@@ -203,15 +204,17 @@ def train_robust(
     """Adversarial training: every step is taken on images attacked for the network as it is, by default PGD's (PGD-AT).
 
     eps grows linearly to its full size over the first half; against full size from the start it would first learn to
-    ignore its input. ``gamma`` > 0 perturbs the weights too (AWP). Enters each epoch into ``history``, and, of PGD-AT, into
-    ``rounds``, if given, how long a part of it took on copies with either attack (:func:`time_round`), which leaves the
-    training itself untouched.
+    ignore its input. What it ends with, and what epochs are watched on, is the average of the weights over the second half,
+    whose gradients are masked less. ``gamma`` > 0 perturbs the weights too (AWP). Enters each epoch into ``history``, and, of
+    PGD-AT, into ``rounds``, if given, how long a part of it took on copies with either attack (:func:`time_round`), which
+    leaves the training itself untouched.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * math.ceil(len(digits.y_train) / BATCH)
     optimizer, schedule = one_cycle_sgd(model, steps, method.lr)
     objective = method.objective(partial(PGD, model, 0.0, steps=TRAIN_STEPS, generator=generator))
     awp = AWP(model, gamma) if gamma else None
+    average = EMA(model, warmup_steps=steps // 2)
     hidden = torch.arange(len(digits.y_train)) >= method.labelled * len(digits.y_train)
     labels = digits.y_train.masked_fill(hidden, -1)
     step = 0
@@ -224,13 +227,15 @@ def train_robust(
                 set_eps(objective, model, eps, method.alpha)
                 losses.append(train_step(objective, awp, model, optimizer, x, y, method.clip))
                 schedule.step()
+                average.update()
                 step += 1
                 bar.update()
             objective.end_epoch()
-            history.append(watch(losses, model, digits, seed))
+            history.append(watch(losses, average.module, digits, seed))
             bar.set_postfix_str(str(history[-1]))
             if rounds is not None and method is METHODS["pgd-at"] and awp is None:
                 rounds.append(time_round(model, optimizer, batches, eps, seed, fastadv_first=len(rounds) % 2 == 0))
+    model.load_state_dict(average.module.state_dict())
 
 
 def set_eps(objective: Objective | FreeAT, model: nn.Module, eps: float, alpha: float | None) -> None:

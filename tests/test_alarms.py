@@ -292,7 +292,7 @@ def test_comparisons_are_per_sample():
 
 def test_what_square_finds_gradients_may_find_with_as_many_queries():
     before, after = fraction(0.5), fraction(0.48)
-    for missed, rings in ((1.0, True), (0.3, True), (0.25, False), (0.0, False)):  # of 20 samples; 5 of 1,000 are half a point
+    for missed, rings in ((1.0, True), (0.5, True), (0.45, False), (0.0, False)):  # of 20; 10 of 1,000 are beyond doubt
         assert alarms.square_beats_white_box(before, after, missed).rings == rings
     assert not alarms.square_beats_white_box(before, before, 0.0).rings
     x, y = some_digits(24)
@@ -300,9 +300,9 @@ def test_what_square_finds_gradients_may_find_with_as_many_queries():
     probe, numbers = Probe(net, seed=3), torch.arange(24)
 
     def missed(asked, starts):
-        return alarms.missed_by_gradients(replace(probe, model=asked), x, y, EPS, numbers, int(2 * starts * alarms.STEPS))
+        return alarms.missed_by_gradients(replace(probe, model=asked), x, y, EPS, numbers, int(2 * starts * alarms.AGAIN))
 
-    alone = [probe.pgd(x, y, EPS, numbers, alarms.STEPS, start).standing for start in (1, 2, 3)]
+    alone = [probe.pgd(x, y, EPS, numbers, alarms.AGAIN, start).standing for start in (1, 2, 3)]
     assert 0 < missed(net, 1) == float(alone[0].double().mean()) < 1
     assert missed(net, 3) == float((alone[0] & alone[1] & alone[2]).double().mean())
     assert missed(net, 0.5) == missed(net, 1)  # one start, whatever it costs
@@ -313,7 +313,7 @@ def test_what_square_finds_gradients_may_find_with_as_many_queries():
 @pytest.mark.parametrize(
     ("check", "most"),
     [
-        (lambda lost: alarms.square_beats_white_box(fraction(0.5), fraction(0.5 - lost), 1.0), 0.005),
+        (lambda lost: alarms.square_beats_white_box(fraction(0.5), fraction(0.5 - lost), 1.0), 0.0095),
         (lambda lost: alarms.still_gains("steps", fraction(0.5), fraction(0.5 - lost)), 0.005),
         (lambda lost: alarms.beats_white_box("transfer", fraction(0.5), fraction(lost)), 0.005),
         (lambda lost: alarms.single_step_beats_iterative(fraction(0.5 - lost), fraction(0.5)), 0.005),

@@ -113,7 +113,7 @@ class RobustnessTradeoff:
 
     def figure(self) -> Figure:
         """Robust against clean accuracy, each run with its label; a line joins the frontier."""
-        from matplotlib.ticker import PercentFormatter
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
 
         figure, axis = chart("clean accuracy", "robust accuracy")
         axis.plot([self.clean[name] for name in self.frontier], [self.robust[name] for name in self.frontier], color=FRONTIER)
@@ -132,7 +132,7 @@ class RobustnessTradeoff:
             figure.legend(key, numbered, loc="outside lower left", frameon=False, fontsize=8.5)
             figure.set_figheight(figure.get_figheight() + 0.2 * len(numbered))
         finished(figure, axis, percent=True)
-        axis.xaxis.set_major_formatter(PercentFormatter(1))
+        axis.xaxis.set(major_locator=MaxNLocator(5), major_formatter=PercentFormatter(1))  # one decimal takes more room
         axis.margins(0.15)
         axis.autoscale()
         return figure

@@ -81,9 +81,10 @@ class FMN(MinimumNorm):
     """Fast minimum-norm attack: ``x_adv = FMN(model, norm="linf")(x, y)``.
 
     Pintor, Roli, Brendel and Biggio, "Fast Minimum-norm Adversarial Attacks through Adaptive Norm Constraints", 2021. The
-    walk starts at x. Other than in the paper l1 projections are onto ball and box together, and l2 ones onto the sphere;
-    before the first success the radius grows by ``gamma`` at least, even where the model made linear has its boundary nearer,
-    in front of which the walk could else stay; and with ``eps`` it does not grow beyond that.
+    walk starts at x. Other than in the paper l1 projections are onto ball and box together, l2 ones onto the sphere, and l0
+    ones keep one element more than the radius; before the first success the radius grows by ``gamma`` at least, even where the
+    model made linear has its boundary nearer, in front of which the walk could else stay; and with ``eps`` it does not grow
+    beyond that.
 
     Args:
         model: any callable that maps a batch [N, ...] to logits [N, C]. Left exactly as found.
@@ -219,7 +220,8 @@ class _FMN(_Walk):
         if self.norm == "l2":  # what is shorter is stretched: on the sphere, as DDN, the walk ends nearer than inside the ball
             return unit(d) * spread(self.radius, d)
         if self.norm == "l0":  # by what the step asks for: an element at a wall of the box is worth as much as any other
-            return d * largest(rows(d.abs()), self.radius.view(-1, 1)).view_as(d)
+            kept = torch.minimum(self.radius + 1, self.limit)  # one more, to see what is just outside: walks end nearer
+            return d * largest(rows(d.abs()), kept.view(-1, 1)).view_as(d)
         return project(d, self.radius, self.norm, self.lo - self.centre, self.hi - self.centre)
 
 

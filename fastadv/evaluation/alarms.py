@@ -29,6 +29,7 @@ from .. import checks
 from ..attacks import NaNGradientWarning
 from ..engine import Model, attacking, unwrap
 from ..reference.step import Scalar, of_samples
+from .chance import wilson
 from .planted import planted_adversarials
 from .probes import Probe, evenly_spaced
 
@@ -42,6 +43,7 @@ TOLERANCE = 0.005  # of accuracy: what an attack may find by luck where a better
 MANY = 0.1  # of the samples, or of a loss: where an indicator of Pintor et al. counts as high
 
 STEPS, RESTARTS = 100, 2  # of PGD
+AGAIN = 50  # steps of PGD from each of many starts: twice as many starts find more than twice as many steps
 REPEATS = 5  # of the same question, as AutoAttack asks it
 NOISE_DRAWS = 100
 NEIGHBOURS, NEIGHBOURHOOD = 100, 8 / 255  # of "unstable predictions": images, and their linf distance, in widths of the box
@@ -142,13 +144,16 @@ def square_beats_white_box(standing_before: Tensor, standing_after: Tensor, miss
 
     AutoAttack warns where it took 0.2 points of those [N] that stood after all white-box attacks. But these start once in
     its standard version, and where gradients are right, more starts find the same: ``missed`` is the share of what Square took
-    that they do not find (:func:`missed_by_gradients`). Half a point of what is left may be luck, as in all comparisons here.
+    that they do not find (:func:`missed_by_gradients`). A few images are hard for gradients on honest networks, too, and how
+    many were drawn is luck: it rings where half a point lies below the 95% interval of the share of images that they miss.
     """
     left = round(missed * int((standing_before & ~standing_after).sum()))
+    least = wilson(left / max(len(standing_before), 1), len(standing_before))[0]
     return Alarm(
         "Square beats white-box",
-        _too_many(left, len(standing_before)),
-        _drop(standing_before, standing_after) | {"of that missed by gradients at the same cost": missed},
+        least > TOLERANCE,
+        _drop(standing_before, standing_after)
+        | {"of that missed by gradients at the same cost": missed, "of all missed, at least": least},
         "Run Square longer and with restarts, and an adaptive attack: gradients should find what can be found without them.",
         AUTOATTACK,
     )
@@ -165,8 +170,8 @@ def missed_by_gradients(probe: Probe, x: Tensor, y: Tensor, eps: Scalar, numbers
     batch = Batch(x, y, eps, numbers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NaNGradientWarning)
-        for start in range(1, 1 + max(1, queries // (2 * STEPS))):  # 0 may be where a white-box attack has been
-            standing = _among(standing, probe.pgd(*batch.rows(standing), STEPS, start).standing)
+        for start in range(1, 1 + max(1, queries // (2 * AGAIN))):  # 0 may be where a white-box attack has been
+            standing = _among(standing, probe.pgd(*batch.rows(standing), AGAIN, start).standing)
     return _fraction(standing)
 
 
