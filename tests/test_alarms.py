@@ -292,7 +292,7 @@ def test_comparisons_are_per_sample():
 
 def test_what_square_finds_gradients_may_find_with_as_many_queries():
     before, after = fraction(0.5), fraction(0.48)
-    for missed, rings in ((1.0, True), (0.5, True), (0.45, False), (0.0, False)):  # of 20; 10 of 1,000 are beyond doubt
+    for missed, rings in ((1.0, True), (0.3, True), (0.25, False), (0.0, False)):  # of 20 samples; 5 of 1,000 are half a point
         assert alarms.square_beats_white_box(before, after, missed).rings == rings
     assert not alarms.square_beats_white_box(before, before, 0.0).rings
     x, y = some_digits(24)
@@ -313,7 +313,7 @@ def test_what_square_finds_gradients_may_find_with_as_many_queries():
 @pytest.mark.parametrize(
     ("check", "most"),
     [
-        (lambda lost: alarms.square_beats_white_box(fraction(0.5), fraction(0.5 - lost), 1.0), 0.0095),
+        (lambda lost: alarms.square_beats_white_box(fraction(0.5), fraction(0.5 - lost), 1.0), 0.005),
         (lambda lost: alarms.still_gains("steps", fraction(0.5), fraction(0.5 - lost)), 0.005),
         (lambda lost: alarms.beats_white_box("transfer", fraction(0.5), fraction(lost)), 0.005),
         (lambda lost: alarms.single_step_beats_iterative(fraction(0.5 - lost), fraction(0.5)), 0.005),

@@ -15,8 +15,7 @@ from models import batch, cnn, linear, one_thread  # noqa: F401 - a fixture
 from torch import nn
 
 from fastadv.evaluation import Alarm, Curves, Evaluation, Row, robustness_curves
-from fastadv.evaluation.chance import wilson
-from fastadv.evaluation.outcome import ROBUSTBENCH, radius
+from fastadv.evaluation.outcome import ROBUSTBENCH, radius, wilson
 from fastadv.evaluation.page import by_class, page, reproduction
 
 FILES = ["evaluation-report.html", "report.json", "report.md", "robustbench.json"]

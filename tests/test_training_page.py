@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import fastadv
 from fastadv import cli, models
 from fastadv.evaluation import Evaluation
-from fastadv.evaluation.chance import wilson
 from fastadv.evaluation.command import load_data
+from fastadv.evaluation.outcome import wilson
 from fastadv.training import log, page
 
 ARGUMENTS = {"name": "demo-cnn", "classes": 3, "seed": 0}

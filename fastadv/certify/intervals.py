@@ -14,8 +14,7 @@ from torch import Tensor
 from .. import checks
 from .._version import __version__
 from ..engine import Model, attacking, unwrap
-from ..evaluation.chance import wilson
-from ..evaluation.outcome import radius
+from ..evaluation.outcome import radius, wilson
 from ..evaluation.probes import device_of
 from ..evaluation.protocol import gathered
 from ..intervals import worst_logits

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import checks
 from .._version import __version__
 from ..engine import Model
-from ..evaluation.chance import wilson
+from ..evaluation.outcome import wilson
 from ..evaluation.probes import device_of
 from ..evaluation.protocol import gathered
 from ..evaluation.records import claim, fingerprint, fingerprint_of

@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import info
 from ..files import plain, write_text
 from .alarms import CHECKLIST, Alarm
-from .chance import wilson
 from .curves import Curves
 
 ROBUSTBENCH = (
@@ -169,6 +168,17 @@ class Evaluation:
         for name, text in files.items():
             write_text(folder / name, text)
         return folder / "evaluation-report.html"
+
+
+def wilson(share: float, samples: int) -> tuple[float, float]:
+    """The 95% interval of a probability of which ``share`` of so many samples came out (Wilson, 1927).
+
+    Unlike share +- 2 sigma it stays inside [0, 1] and has a width at 0 and at 1 too.
+    """
+    z2 = 1.959964**2
+    centre = (share * samples + z2 / 2) / (samples + z2)
+    half = math.sqrt(z2 * (share * (1 - share) * samples + z2 / 4)) / (samples + z2)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def described(settings: Mapping[str, Any]) -> str:
