@@ -71,6 +71,25 @@ def test_training_depends_on_the_seed_alone(name, digits):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_training_ends_with_the_average_of_its_second_half(digits, monkeypatch):
+    seen = []
+
+    class Watched(demo.EMA):
+        def update(self, step=None):
+            super().update(step)
+            alike = all(torch.equal(a, b) for a, b in zip(self.module.parameters(), self.model.parameters(), strict=True))
+            seen.append((alike, self.module))
+
+    monkeypatch.setattr(demo, "EMA", Watched)
+    monkeypatch.setattr(demo, "BATCH", 5)
+    x, y = digits
+    model = demo.small_cnn(3)
+    demo.train_robust(model, demo.Digits(x[:20], y[:20], x[:10], y[:10]), 1, 3, [])
+    assert [alike for alike, _ in seen] == [True, False, False, False]  # a copy while eps grows
+    average = seen[-1][1]
+    assert all(torch.equal(a, b) for a, b in zip(average.parameters(), model.parameters(), strict=True))
+
+
 def test_the_command_line_knows_every_method(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(demo, "run", lambda *arguments: asked.append(arguments) or 0)
