@@ -31,13 +31,14 @@ from fastadv.reference import step as reference
 
 def worth_testing(backend: str, dtypes: tuple[torch.dtype, torch.dtype], shape: str, layout: str, scalars: str) -> bool:
     """All shapes and layouts in fp32, and of the C++ kernels in all types. Other types of the reference, which is PyTorch,
-    contiguous; of Triton, whose interpreter is slow, on one shape of each kind."""
+    contiguous; of Triton, whose interpreter is slow, on one shape of each kind, and in fp32 each layout with one kind of
+    scalars only: a kernel sees no layout."""
     if backend == "cpp":
         return True
-    if dtypes == STEP_DTYPES[0] and (backend == "reference" or shape != "chunks"):
-        return True
     if backend == "reference":
-        return layout == "contiguous"
+        return dtypes == STEP_DTYPES[0] or layout == "contiguous"
+    if dtypes == STEP_DTYPES[0] and shape != "chunks":
+        return (layout == "contiguous") == (scalars == "per_sample")
     samples = {("row", "shared"), ("odd", "per_sample")}
     if dtypes in STEP_DTYPES[:2]:
         samples.add(("chunks", "shared" if dtypes == STEP_DTYPES[0] else "per_sample"))
