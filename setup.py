@@ -6,6 +6,7 @@ FASTADV_CUDA        auto (default: use nvcc if found, fall back to CPU with a wa
 FASTADV_CUDA_ARCHS  compute capabilities, e.g. "80;90"; default: 80, 90 and the newest that nvcc knows. Each comes with its
                     PTX, so every GPU from the oldest one on works.
 CXX, CUDA_HOME      compilers to use instead of those on PATH
+CXXFLAGS            options for the C++ compiler, after ours
 
 Without a C++ compiler and Python's headers the package installs as pure Python: every op then runs through its PyTorch
 reference.
@@ -123,7 +124,7 @@ class NinjaBuild(build_ext):
 
         lines = [
             f"cxx = {shlex.quote(cxx)}",
-            f"flags = {' '.join([*CXX_FLAGS, *openmp, *include])}",
+            f"flags = {' '.join([*CXX_FLAGS, *openmp, *include, os.environ.get('CXXFLAGS', '')])}",
             f"link = {' '.join(link)}",
             "rule cxx\n  command = $cxx $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             "rule link\n  command = $cxx $in $link -o $out",
